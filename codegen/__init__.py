@@ -1,0 +1,1 @@
+"""Back ends: from QDQ form to operators on packed codes, and from those to other runtimes."""

@@ -1,0 +1,98 @@
+"""lower: layers in QDQ form to operators on packed codes.
+
+A row of ``LOWERING`` matches a layer on a dequantized weight and puts the packed operator in its place. What no row
+matches keeps its float operator and reads its weight through ``dequantize_packed``: it still runs on packed bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant import packing
+from fxquant.graph import info, update_info
+from fxquant.program import Pass, Program
+from fxquant.rewrite import (
+    Call, Decline, Log, Match, Rule, Var, apply_rules, aten, attach, detach, fetch, get_attr,
+)  # fmt: skip
+from fxquant.scheme import parse_spec
+
+ops: Any = torch.ops.fxquant
+
+
+def lower(program: Program, settings: Mapping[str, Any]) -> Log:
+    gm = program.gm
+    for node in gm.graph.find_nodes(op="call_function", target=ops.dequantize.default):
+        pack_weight(gm, node)
+    log = apply_rules(gm, LOWERING)
+    apply_rules(gm, REMAINDER, log=log)
+    return log
+
+
+def pack_weight(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Replace the codes that a ``dequantize`` node reads by packed bytes; the node is then lowered by a rule."""
+    codes_node, spec = node.args[0], parse_spec(str(node.args[3]))
+    assert isinstance(codes_node, fx.Node)
+    name = str(codes_node.target).removesuffix("_codes") + "_packed"
+    packed = packing.pack(fetch(gm, str(codes_node.target)), spec.format.bits)
+    attach(gm, name, packed)
+    detach(gm, str(codes_node.target))
+    with gm.graph.inserting_before(codes_node):
+        new = get_attr(gm.graph, name, packed)
+    codes_node.replace_all_uses_with(new)
+    gm.graph.erase_node(codes_node)
+
+
+def _weight(match: Match) -> tuple[Any, ...]:
+    return match["packed"], match["scale"], match["zp"]
+
+
+def lower_linear(match: Match) -> fx.Node | Decline:
+    bias, spec, shape = match["bias"], match["spec"], match["shape"]
+    return _lowered_from(match, ops.linear_wq.default, match["x"], *_weight(match), bias, spec, shape)
+
+
+def lower_conv2d(match: Match) -> fx.Node | Decline:
+    window = [_pair(match[k]) for k in ("stride", "padding", "dilation")]
+    return _lowered_from(
+        match, ops.conv2d_wq.default, match["x"], *_weight(match), match["bias"], match["spec"], match["shape"], *window,
+        match["groups"],
+    )  # fmt: skip
+
+
+def lower_embedding(match: Match) -> fx.Node | Decline:
+    return _lowered_from(
+        match, ops.embedding_wq.default, match["indices"], *_weight(match), match["spec"], match["shape"]
+    )
+
+
+def _pair(value: Any) -> list[int]:
+    return list(value) * 2 if len(value) == 1 else list(value)
+
+
+def _lowered_from(match: Match, target: Any, *args: Any) -> fx.Node:
+    """The packed operator, carrying the WeightQuant of the dequantize node that it absorbs."""
+    new = match.call(target, *args)
+    dequantize = next(a for a in match.node.args if isinstance(a, fx.Node) and a.target is ops.dequantize.default)
+    update_info(new, weight=info(dequantize).weight)
+    return new
+
+
+def read_packed(match: Match) -> fx.Node | Decline:
+    """A consumer without a packed operator of its own: it reads the weight decoded."""
+    return match.call(ops.dequantize_packed.default, *_weight(match), match["spec"], match["shape"])
+
+
+_DQ = Call(ops.dequantize.default, Var("packed"), Var("scale"), Var("zp"), Var("spec"), Var("shape"))
+LOWERING = (
+    Rule(Call(aten.linear.default, Var("x"), _DQ, Var("bias")), lower_linear),  # linear(x, dq(w), b) -> linear_wq(x, w, b)
+    Rule(Call(aten.conv2d.default, Var("x"), _DQ, Var("bias"), Var("stride"), Var("padding"), Var("dilation"), Var("groups")),
+         lower_conv2d),  # conv2d(x, dq(w), ...) -> conv2d_wq(x, w, ...)
+    Rule(Call(aten.embedding.default, _DQ, Var("indices")), lower_embedding),  # embedding(dq(w), i) -> embedding_wq(i, w)
+)  # fmt: skip
+REMAINDER = (Rule(_DQ, read_packed),)  # op(dq(w)) -> op(dequantize_packed(w))
+
+LOWER = Pass("lower", "layers in QDQ form to operators on packed codes", lower)

@@ -1,0 +1,129 @@
+"""Layers of a captured graph: which nodes multiply by a constant weight, and which weights they share.
+
+A layer is an aten node with a weight operand. Its name is the path of the module it came from where the weight is that
+module's ``weight``, else the weight's own name (``attn.in_proj_weight``, ``experts.gate_up_proj``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxquant.graph import info
+from fxquant.rewrite import aten, fetch, identity
+
+_OPERAND: dict[Any, tuple[str, int]] = {
+    aten.linear.default: ("linear", 1),
+    aten.conv1d.default: ("conv", 1),
+    aten.conv1d.padding: ("conv", 1),
+    aten.conv2d.default: ("conv", 1),
+    aten.conv2d.padding: ("conv", 1),
+    aten.conv3d.default: ("conv", 1),
+    aten.conv3d.padding: ("conv", 1),
+    aten.embedding.default: ("embedding", 0),
+}  # target -> (layer type, position of the weight)
+_FOLLOWED = (aten.index.Tensor, aten.index_select.default, aten.transpose.int, aten.contiguous.default)
+_PRODUCTS = (aten.bmm.default, aten.matmul.default, aten._grouped_mm.default)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight use: ``node`` takes ``operand`` (a get_attr node, or a transposed view of one) at ``position``.
+
+    ``transposed`` says that the weight is stored ``[..., in, out]``; ``channel_dims`` how many leading dimensions of
+    the ``[..., out, in]`` view are output channels.
+    """
+
+    name: str
+    type: str
+    node: fx.Node
+    position: int
+    operand: fx.Node
+    source: fx.Node
+    weight: Tensor
+    transposed: bool = False
+    channel_dims: int = 1
+
+    @property
+    def target(self) -> str:
+        """The name of the weight tensor."""
+        return str(self.source.target)
+
+
+def find_layers(gm: fx.GraphModule) -> list[Layer]:
+    """Every layer of the graph, in graph order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in _OPERAND:
+            layer = _plain_layer(gm, node, *_OPERAND[node.target])
+        elif node.op == "get_attr":
+            layer = _batched_layer(gm, node)
+        else:
+            continue
+        if layer is not None:
+            found.append(layer)
+    return found
+
+
+def ties(layers: list[Layer]) -> dict[str, list[Layer]]:
+    """Layers by the weight they use, where more than one uses the same memory: name of each -> all of them."""
+    groups: dict[tuple[object, ...], list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(identity(layer.weight)[:1], []).append(layer)
+    return {layer.name: group for group in groups.values() if len(group) > 1 for layer in group}
+
+
+def _plain_layer(gm: fx.GraphModule, node: fx.Node, kind: str, position: int) -> Layer | None:
+    operand = node.args[position]
+    if not isinstance(operand, fx.Node):
+        return None
+    source, transposed = operand, False
+    if operand.op == "call_function" and _swaps_matrix(operand):
+        source, transposed = operand.args[0], True  # type: ignore[assignment]
+    if not isinstance(source, fx.Node) or source.op != "get_attr":
+        return None
+    weight = fetch(gm, str(source.target))
+    return Layer(_name(node, str(source.target)), kind, node, position, operand, source, weight, transposed)
+
+
+def _swaps_matrix(node: fx.Node) -> bool:
+    """Whether the node swaps the two dimensions of a matrix: t(w), transpose(w, 0, 1) or permute(w, [1, 0])."""
+    if node.target is aten.t.default:
+        return True
+    if node.target is aten.permute.default:
+        return list(node.args[1]) in ([1, 0], [-1, -2], [-1, 0], [1, -2])  # type: ignore[arg-type]
+    return node.target is aten.transpose.int and {int(d) % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
+
+
+def _batched_layer(gm: fx.GraphModule, source: fx.Node) -> Layer | None:
+    """Expert weights ``[E, in, out]`` or ``[E, out, in]``: a 3-D constant that reaches a batched product."""
+    weight = fetch(gm, str(source.target))
+    if weight.dim() != 3 or not weight.is_floating_point():
+        return None
+    product, swapped = _reaches_product(source, False)
+    if product is None:
+        return None
+    name = _name(product, str(source.target))
+    return Layer(name, "matmul", product, 1, source, source, weight, not swapped, channel_dims=2)
+
+
+def _reaches_product(node: fx.Node, swapped: bool) -> tuple[fx.Node | None, bool]:
+    """The batched product that uses ``node`` as its right operand, and whether its last two dims were swapped before."""
+    for user in node.users:
+        if user.target in _PRODUCTS and len(user.args) > 1 and user.args[1] is node:
+            return user, swapped
+        if user.target in _FOLLOWED and user.args[0] is node:
+            swap = user.target is aten.transpose.int and {int(d) % 3 for d in user.args[1:3]} == {1, 2}  # type: ignore[arg-type]
+            product, result = _reaches_product(user, swapped ^ swap)
+            if product is not None:
+                return product, result
+    return None, swapped
+
+
+def _name(node: fx.Node, target: str) -> str:
+    owner, _, leaf = target.rpartition(".")
+    if leaf != "weight":
+        return target
+    return info(node).path or owner or target

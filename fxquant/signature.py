@@ -1,0 +1,176 @@
+"""How a captured program is called: named tensor inputs, fixed values, and the structure of its output.
+
+Inside, a graph takes a flat list of tensors and returns a flat tuple. ``Signature`` is what stands between that and the
+model's own call: it binds positional and keyword arguments to inputs, checks them, and puts the outputs back together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxquant.dims import evaluate
+from fxquant.errors import InputError
+from fxquant.graph import TensorType, dtype_name
+
+Structure = dict[str, Any] | int | None
+"""A leaf is the index of a flat output; ``{"kind": "dict" | "list" | "tuple", "keys": [...], "items": [...]}``."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor input: its name and its type, symbolic where a size may vary."""
+
+    name: str
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names and types of the inputs, values that were fixed at capture, and the output's structure.
+
+    ``out_spec`` is the pytree spec that rebuilds the model's own output type; a loaded program has none and returns
+    dicts, lists and tuples.
+    """
+
+    inputs: tuple[Input, ...]
+    output: Structure
+    fixed: dict[str, int | float | bool | str | None] = field(default_factory=dict)
+    out_spec: pytree.TreeSpec | None = None
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensors of a call, in graph order; InputError names what is missing, unknown or of a wrong type."""
+        names = [i.name for i in self.inputs]
+        given = dict(zip(names, _flat(args), strict=False))
+        if len(_flat(args)) > len(names):
+            raise InputError(f"{len(_flat(args))} positional inputs given; the model takes {len(names)}: {names}")
+        for name, value in _named(kwargs).items():
+            if name in self.fixed or (name not in names and value is None):
+                self._check_fixed(name, value)
+            elif name not in names:
+                raise InputError(f"unknown input {name!r}; the model was captured with {names}")
+            elif name in given:
+                raise InputError(f"input {name!r} was given twice, by position and by name")
+            else:
+                given[name] = value
+        if missing := [n for n in names if n not in given]:
+            raise InputError(f"missing input{'s' if len(missing) > 1 else ''} {missing}; the model takes {names}")
+        self._check_types(given)
+        return [given[n] for n in names]
+
+    def _check_fixed(self, name: str, value: Any) -> None:
+        want = self.fixed.get(name)
+        if isinstance(value, Tensor) or value != want:
+            raise InputError(f"input {name!r} was fixed to {want!r} when the model was captured; recompile to change it")
+
+    def _check_types(self, given: Mapping[str, Any]) -> None:
+        sizes: dict[str, int] = {}
+        for item in self.inputs:
+            value = given[item.name]
+            if not isinstance(value, Tensor):
+                raise InputError(f"input {item.name!r} is a {type(value).__name__}; expected a tensor {item.type}")
+            if value.dtype != item.type.dtype or value.dim() != len(item.type.shape):
+                raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type}")
+            for size, dim in zip(value.shape, item.type.shape, strict=True):
+                if isinstance(dim, str) and dim.isidentifier():
+                    want = sizes.setdefault(dim, size)
+                else:
+                    want = dim if isinstance(dim, int) else evaluate(dim, sizes)
+                if size != want:
+                    raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type} with {dim} = {want}")
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """The model's output from the graph's flat outputs: its own type, or plain containers for a loaded program."""
+        if self.out_spec is not None:
+            return pytree.tree_unflatten(list(outputs), self.out_spec)
+        return _build(self.output, outputs)
+
+
+def describe(value: Tensor) -> str:
+    return f"{dtype_name(value.dtype)}{list(value.shape)}"
+
+
+def structure_of(spec: pytree.TreeSpec) -> Structure:
+    """The structure of a pytree spec: mappings (also model outputs) become dicts, sequences lists or tuples."""
+    counter = iter(range(spec.num_leaves))
+
+    def walk(node: pytree.TreeSpec) -> Structure:
+        if node.is_leaf():
+            return next(counter)
+        keys = node.context
+        if isinstance(keys, (list, tuple)) and len(keys) == node.num_children and all(isinstance(k, str) for k in keys):
+            return {"kind": "dict", "keys": list(keys), "items": [walk(c) for c in node.children()]}
+        kind = "list" if node.type is list else "tuple"
+        return {"kind": kind, "items": [walk(c) for c in node.children()]}
+
+    return walk(spec)
+
+
+def output_names(structure: Structure) -> list[str]:
+    """A name for every flat output: its key where it has one, else ``output``, ``output_1``, ..."""
+    names: list[str] = []
+
+    def walk(node: Structure, name: str) -> None:
+        if not isinstance(node, dict):
+            if isinstance(node, int):
+                names.append(name)
+            return
+        keys = node.get("keys") or [f"{name}_{i}" if i else name for i in range(len(node["items"]))]
+        for key, item in zip(keys, node["items"], strict=True):
+            walk(item, key if name == "output" else f"{name}_{key}" if node.get("keys") else key)
+
+    walk(structure, "output")
+    return names
+
+
+def _build(node: Structure, outputs: Sequence[Any]) -> Any:
+    if not isinstance(node, dict):
+        return None if node is None else outputs[node]
+    items = [_build(item, outputs) for item in node["items"]]
+    if node["kind"] == "dict":
+        return dict(zip(node["keys"], items, strict=True))
+    return items if node["kind"] == "list" else tuple(items)
+
+
+def _flat(args: Sequence[Any]) -> list[Any]:
+    return pytree.tree_leaves(tuple(args))
+
+
+def _named(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword inputs by flat name: a list or dict of tensors under ``x`` becomes ``x_0``, ``x_1`` or ``x_key``."""
+    found: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            found["_".join([name, *(_key(p) for p in path)])] = leaf
+    return found
+
+
+def _key(entry: Any) -> str:
+    return str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry))))
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``example_inputs`` as (args, kwargs): a tuple or list is positional, a mapping by keyword, a tensor alone is one."""
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        if not all(isinstance(k, str) for k in example):
+            raise InputError("example_inputs as a dict maps input names to tensors; a key is not a string")
+        return (), dict(example)
+    if isinstance(example, (tuple, list)):
+        return tuple(example), {}
+    raise InputError(
+        f"example_inputs is a {type(example).__name__}; expected a tuple of positional inputs or a dict of keyword inputs"
+    )
+
+
+def run_example(model: torch.nn.Module, example: Any) -> Any:
+    """Call ``model`` on example inputs without gradients."""
+    args, kwargs = as_call(example)
+    with torch.no_grad():
+        return model(*args, **kwargs)

@@ -1,0 +1,2 @@
+def trace_symbolically(model, args, kwargs):
+    raise NotImplementedError("todo")

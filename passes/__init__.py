@@ -1,0 +1,1 @@
+"""Graph passes, one a file. A module exports one constant: its Pass."""

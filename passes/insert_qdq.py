@@ -1,0 +1,125 @@
+"""insert_qdq: weights to QDQ form by round-to-nearest, as the scheme's rules say.
+
+``linear(x, w)`` -> ``linear(x, dequantize(codes, scale))``, likewise for convolutions, embeddings and batched
+products. The float weight stays on the module until lowering, for the passes that refine the codes. A weight that
+several layers share is quantized once, and only if the rules quantize all of its layers the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.graph import NodeInfo, TensorType, WeightQuant, set_info, update_info
+from fxquant.layers import Layer, find_layers, ties
+from fxquant.program import Pass, Program, quiet
+from fxquant.qtensor import QuantizedTensor, quantize_tensor
+from fxquant.rewrite import Decline, Log, aten, attach, get_attr
+from fxquant.scheme import LayerRule, QuantSpec
+
+RULE = "quantize_weight"
+
+
+def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
+    """``settings``: ``rules`` (LayerRules in order), ``progress``."""
+    gm, log = program.gm, Log()
+    progress = settings.get("progress", quiet)
+    layers = find_layers(gm)
+    shared = ties(layers)
+    done: dict[str, fx.Node] = {}
+    for i, layer in enumerate(layers):
+        progress("quantize weights", i, len(layers))
+        choice = choose(layer, settings["rules"], shared.get(layer.name, [layer]))
+        if isinstance(choice, Decline):
+            log.declined(RULE, layer.node, choice.reason)
+            update_info(layer.node, path=layer.name)
+            continue
+        key = f"{layer.target}{'^T' if layer.transposed else ''}"
+        if key not in done:
+            done[key] = insert_dequantize(gm, layer, choice)
+        _use(layer, done[key])
+        log.rewrote(RULE, layer.node, str(choice))
+        update_info(layer.node, path=layer.name)
+    progress("quantize weights", len(layers), len(layers))
+    return log
+
+
+def choose(layer: Layer, rules: tuple[LayerRule, ...], group: list[Layer]) -> QuantSpec | Decline:
+    """The spec that the rules give a layer, or why it stays in float. ``group`` are the layers that share its weight."""
+    wants = {member.name: _rule_for(member, rules) for member in group}
+    named = [rule for member in group if (rule := wants[member.name]) and rule.match == member.name]
+    rule = named[0] if named else wants[layer.name]
+    if rule is None:
+        if layer.type == "embedding" and any(r.matches(layer.name) for r in rules):
+            return Decline("embeddings stay in float unless a rule names their exact path or lists embedding in its types")
+        return Decline("no rule matches this layer")
+    if rule.keep or rule.weight is None:
+        return Decline(f"rule {rule.match!r} keeps it in float")
+    for member in group:
+        other = wants[member.name]
+        if not named and member is not layer and (other is None or other.weight != rule.weight or other.keep):
+            return Decline(f"its weight is tied to {member.name!r}, which stays in float; name either exactly to quantize both")
+    return rule.weight
+
+
+def _rule_for(layer: Layer, rules: tuple[LayerRule, ...]) -> LayerRule | None:
+    return next((rule for rule in rules if rule.takes(layer.name, layer.type)), None)
+
+
+def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.Node:
+    """Quantize the layer's weight and put ``dequantize(codes, scale, zero_point)`` in front of the layer."""
+    value = layer.weight.transpose(-1, -2) if layer.transposed else layer.weight
+    q = quantize_tensor(value, spec, channel_dims=layer.channel_dims, name=layer.target)
+    graph, base = gm.graph, layer.target
+    with graph.inserting_before(_first_use(layer)):
+        parts: list[fx.Node | None] = []
+        for suffix, tensor in (("codes", q.codes), ("scale", q.scale), ("zero_point", q.zero_point)):
+            if tensor is not None:
+                attach(gm, f"{base}_{suffix}", tensor)
+            parts.append(None if tensor is None else get_attr(graph, f"{base}_{suffix}", tensor))
+        node = graph.call_function(torch.ops.fxquant.dequantize.default, (*parts, str(spec), list(q.shape)))
+    weight = WeightQuant(layer.target, spec, "rtn", weight_error(value, q), q.nbytes, layer.weight.nbytes)
+    set_info(node, NodeInfo(TensorType(torch.float32, q.shape), layer.name, weight=weight))
+    return cast_like(gm, node, layer)
+
+
+def weight_error(value: torch.Tensor, q: QuantizedTensor) -> float:
+    """||W - W'|| / ||W||, 0 for a weight of zeros."""
+    norm = float(value.float().norm())
+    return float((q.dequantize() - value.float()).norm()) / norm if norm else 0.0
+
+
+def cast_like(gm: fx.GraphModule, node: fx.Node, layer: Layer) -> fx.Node:
+    """The dequantized weight in the dtype and orientation that the layer's operand has."""
+    graph, last = gm.graph, node
+    dtype = layer.weight.dtype
+    with graph.inserting_after(last):
+        if dtype != torch.float32:
+            last = graph.call_function(aten.to.dtype, (node, dtype, False, False, None))
+            set_info(last, NodeInfo(TensorType(dtype, tuple(node.args[4])), layer.name))  # type: ignore[arg-type]
+    if layer.type == "matmul" and layer.transposed:
+        with graph.inserting_after(last):
+            swapped = graph.call_function(aten.transpose.int, (last, 1, 2))
+        set_info(swapped, NodeInfo(TensorType(dtype, tuple(layer.weight.shape)), layer.name))
+        last = swapped
+    return last
+
+
+def _first_use(layer: Layer) -> fx.Node:
+    return next(iter(layer.source.users)) if layer.type == "matmul" else layer.node
+
+
+def _use(layer: Layer, weight: fx.Node) -> None:
+    """Give the layer the dequantized weight in place of its float operand."""
+    if layer.type == "matmul":  # the constant itself: whatever lies between it and the product stays
+        layer.source.replace_all_uses_with(weight, delete_user_cb=lambda user: user is not weight)
+        return
+    args = list(layer.node.args)
+    args[layer.position] = weight
+    layer.node.args = tuple(args)
+
+
+INSERT_QDQ = Pass("insert_qdq", "quantize weights round-to-nearest, as dequantize(codes, scale) in the graph", insert_qdq)
