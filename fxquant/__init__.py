@@ -1,1 +1,63 @@
-"""x"""
+"""fxquant: compile PyTorch models to low-bit floating point that runs packed, and says what happened to it.
+
+    q = fxquant.compile(model, example_inputs, config="W6A16-E3M2")
+    q(**inputs); q.save("out/"); q = fxquant.load("out/"); q.export_onnx("m.onnx"); q.report("report.html")
+
+Public names resolve on first use, so ``import fxquant`` is light: it loads neither onnx nor triton nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxquant.compiled import CompiledModel as CompiledModel
+    from fxquant.config import RECIPES as RECIPES
+    from fxquant.config import Config as Config
+    from fxquant.config import load_config as load_config
+    from fxquant.errors import FxquantError as FxquantError
+    from fxquant.formats import FloatFormat as FloatFormat
+    from fxquant.formats import IntFormat as IntFormat
+    from fxquant.formats import parse_format as format
+    from fxquant.pipeline import compile as compile
+    from fxquant.pipeline import load as load
+    from fxquant.pipeline import quantize_ as quantize_
+    from fxquant.qtensor import QuantizedTensor as QuantizedTensor
+    from fxquant.qtensor import quantize_tensor as quantize_tensor
+    from fxquant.scheme import QuantSpec as QuantSpec
+
+_PUBLIC = {
+    "CompiledModel": ("fxquant.compiled", "CompiledModel"),
+    "Config": ("fxquant.config", "Config"),
+    "FloatFormat": ("fxquant.formats", "FloatFormat"),
+    "FxquantError": ("fxquant.errors", "FxquantError"),
+    "IntFormat": ("fxquant.formats", "IntFormat"),
+    "QuantSpec": ("fxquant.scheme", "QuantSpec"),
+    "QuantizedTensor": ("fxquant.qtensor", "QuantizedTensor"),
+    "RECIPES": ("fxquant.config", "RECIPES"),
+    "compile": ("fxquant.pipeline", "compile"),
+    "format": ("fxquant.formats", "parse_format"),
+    "load": ("fxquant.pipeline", "load"),
+    "load_config": ("fxquant.config", "load_config"),
+    "quantize_": ("fxquant.pipeline", "quantize_"),
+    "quantize_tensor": ("fxquant.qtensor", "quantize_tensor"),
+}  # public name -> module and name there
+_MODULES = ("errors", "evaluate", "formats", "hf", "ops", "packing", "qtensor", "scheme")
+
+__all__ = sorted((*_PUBLIC, *_MODULES))  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        module, attribute = _PUBLIC[name]
+        return getattr(importlib.import_module(module), attribute)
+    if name in _MODULES:
+        return importlib.import_module(f"fxquant.{name}")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("fxquant")
+    raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

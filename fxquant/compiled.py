@@ -1,0 +1,65 @@
+"""CompiledModel: what ``fxquant.compile`` and ``fxquant.load`` return."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxquant import store
+from fxquant.config import Config
+from fxquant.program import Program, Progress, quiet
+from fxquant.show import html, summary, text
+
+
+class CompiledModel:
+    """A compiled model: call it as the model it was made from; save, export, inspect it.
+
+    ``program`` is the graph and its trace, ``config`` what it was compiled with.
+    """
+
+    def __init__(self, program: Program, config: Config) -> None:
+        self.program = program
+        self.config = config
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output, of the model's own type; of dicts, lists and tuples after ``load``. No gradients.
+
+        Raises InputError, naming the input, for what does not fit the signature.
+        """
+        with torch.no_grad():
+            return self.program(*args, **kwargs)
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the folder ``directory``: graph.json and model.safetensors with the packed weights. Raises SaveError."""
+        store.save(self.program, directory, config=self.config.to_dict(), overwrite=overwrite)
+
+    def export_onnx(self, path: str | Path, *, opset: int = 21, progress: Progress = quiet) -> None:
+        """Write an ONNX file whose weights stay packed and which plain onnxruntime runs. Raises ExportError."""
+        from fxquant.codegen.onnx_export import export_onnx  # loads onnx
+
+        export_onnx(self.program, path, opset=opset, metadata={"config": _json(self.config)}, progress=progress)
+
+    def report(self, path: str | Path) -> None:
+        """Write a self-contained HTML page: totals, passes, graph diffs, and what became of every layer."""
+        html.report(self.program, path, title="fxquant report", config=self.config.to_dict())
+
+    def summary(self) -> summary.Summary:
+        """Bytes before and after, layers with format and error, declines, passes. Printable, and JSON by ``to_dict``."""
+        return summary.summarize(self.program)
+
+    def diff(self, a: str | None = None, b: str | None = None) -> str:
+        """What each pass changed in the graph, as unified diffs; or the diff between two named passes."""
+        return text.diff(self.program, a, b)
+
+    def explain(self, layer: str) -> str:
+        """The story of one layer: its format, what every pass did to it, and why it stayed in float if it did."""
+        return text.explain(self.program, layer)
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({len(self.program.gm.graph.nodes)} nodes, {len(self.program.trace)} passes)"
+
+
+def _json(config: Config) -> str:
+    return config.model_dump_json(exclude_defaults=True)

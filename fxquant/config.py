@@ -1,0 +1,211 @@
+"""Configs: which layers become what, as data. A recipe's name, a dict, a YAML, TOML or JSON file, or a ``Config``.
+
+    rules:                                   # ordered, the first match wins; * crosses dots
+      - {match: "*.down_proj", weight: "e3m2/channel"}
+      - {match: "lm_head", keep: true}
+      - {match: "*", weight: {format: e2m1, granularity: group64, scale: fp32}}
+    passes: []                               # methods to run after the weights are quantized, in order
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fxquant.errors import ConfigError, FormatError, near
+from fxquant.scheme import LayerRule, QuantSpec, parse_granularity, parse_spec
+from fxquant.formats import parse_format
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightConfig(_Strict):
+    """The long form of a weight spec: ``{format: e2m1, granularity: group64, scale: fp32}``."""
+
+    format: str
+    granularity: str = "channel"
+    scale: str = "fp32"
+
+    def spec(self) -> QuantSpec:
+        return QuantSpec(parse_format(self.format), parse_granularity(self.granularity), self.scale)
+
+
+class RuleConfig(_Strict):
+    """One rule: a glob over layer paths and what the layers it matches become."""
+
+    match: str = Field(min_length=1, description="glob over layer paths; * crosses dots; the first rule that matches wins")
+    weight: str | WeightConfig | None = Field(None, description="format/granularity[:scale], such as e3m2/channel")
+    activation: str | None = Field(None, description="must be left out: this version quantizes weights only")
+    keep: bool = Field(False, description="leave the layers in float")
+    types: tuple[Literal["linear", "conv", "matmul", "embedding"], ...] | None = Field(
+        None, description="only layers of these types; by default all but embeddings, unless match is an exact path"
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _known_weight(cls, value: str | WeightConfig | None) -> str | WeightConfig | None:
+        if value is not None:
+            _spec_of(value)
+        return value
+
+    @field_validator("activation")
+    @classmethod
+    def _no_activation(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError(f"activation {value!r}: this version quantizes weights only; leave activation out")
+        return value
+
+    @model_validator(mode="after")
+    def _does_something(self) -> RuleConfig:
+        if (self.weight is not None) == self.keep:
+            raise ValueError(f"rule {self.match!r} needs either a weight or keep: true, and not both")
+        return self
+
+    def rule(self) -> LayerRule:
+        weight = None if self.weight is None else _spec_of(self.weight)
+        return LayerRule(self.match, weight, self.keep, self.types)
+
+
+class Config(_Strict):
+    """A whole config. ``rules`` are ordered; ``passes`` are methods by name, each with its options."""
+
+    rules: tuple[RuleConfig, ...] = Field(min_length=1)
+    passes: tuple[dict[str, dict[str, Any]], ...] = ()
+
+    @field_validator("passes", mode="before")
+    @classmethod
+    def _named_passes(cls, value: Any) -> Any:
+        """``- gptq`` means ``- gptq: {}``."""
+        if isinstance(value, (list, tuple)):
+            return tuple({p: {}} if isinstance(p, str) else {k: v or {} for k, v in p.items()} for p in value)
+        return value
+
+    @field_validator("passes")
+    @classmethod
+    def _known_passes(cls, value: tuple[dict[str, dict[str, Any]], ...]) -> tuple[dict[str, dict[str, Any]], ...]:
+        for entry in value:
+            for name in entry:
+                if name not in METHODS:
+                    raise ValueError(f"unknown pass {name!r}{near(name, METHODS)}; {_allowed_passes()}")
+        return value
+
+    def layer_rules(self) -> tuple[LayerRule, ...]:
+        return tuple(rule.rule() for rule in self.rules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data, defaults left out."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+METHODS: tuple[str, ...] = ()
+"""Names of the passes a config may ask for."""
+
+
+def _allowed_passes() -> str:
+    return f"expected one of {', '.join(METHODS)}" if METHODS else "this version has no optional passes yet"
+
+
+def _spec_of(value: str | WeightConfig) -> QuantSpec:
+    return parse_spec(value) if isinstance(value, str) else value.spec()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A config with a name and a line that says what it is."""
+
+    name: str
+    summary: str
+    config: Config
+
+
+def _weights(name: str, weight: str, summary: str) -> Recipe:
+    return Recipe(name, summary, Config(rules=(RuleConfig(match="*", weight=weight),)))
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        _weights("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))"),
+        _weights("W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6"),
+        _weights("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest"),
+        _weights("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
+        _weights("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
+        _weights("W8A16-INT", "int8/channel", "INT8 symmetric weights, one scale a row"),
+    )
+}
+"""Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""
+
+_LOADERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
+
+ConfigLike = str | Path | Mapping[str, Any] | Config
+
+
+def load_config(config: ConfigLike) -> Config:
+    """A Config from a recipe's name, a path to a YAML, TOML or JSON file, a mapping or a Config. Raises ConfigError."""
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return _validated(config, "config")
+    if not isinstance(config, (str, Path)):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; expected a recipe name, a path, a dict or an fxquant.Config"
+        )
+    by_name = {name.lower(): recipe for name, recipe in RECIPES.items()}
+    if str(config).lower() in by_name:
+        return by_name[str(config).lower()].config
+    path = Path(config)
+    if path.suffix.lower() in _LOADERS:
+        return _from_file(path)
+    raise ConfigError(
+        f"unknown recipe {str(config)!r}{near(str(config).upper(), RECIPES)}; expected one of {', '.join(RECIPES)}, or a "
+        f"path that ends in {', '.join(_LOADERS)}"
+    )
+
+
+def _from_file(path: Path) -> Config:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read config {str(path)!r}: {error}") from error
+    try:
+        data = _LOADERS[path.suffix.lower()](text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"config {str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"config {str(path)!r} holds a {type(data).__name__}; expected a mapping with the key rules")
+    return _validated(data, str(path))
+
+
+def _validated(data: Mapping[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(dict(data))
+    except FormatError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(item, where) for item in error.errors())) from error
+
+
+def _describe(item: Any, where: str) -> str:
+    """One line for a pydantic error: where it is, what was given, what is allowed."""
+    location = ".".join(str(part) for part in item["loc"] if part not in ("WeightConfig", "str"))
+    if item["type"] == "extra_forbidden":
+        known = _keys(item["loc"])
+        name = str(item["loc"][-1])
+        return f"{where}: unknown key {location!r}{near(name, known)}; expected {', '.join(known)}"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{where}: {location or 'config'}: {message}"
+
+
+def _keys(location: tuple[Any, ...]) -> list[str]:
+    if "WeightConfig" in location:
+        return list(WeightConfig.model_fields)
+    return list(RuleConfig.model_fields if "rules" in location else Config.model_fields)

@@ -1,0 +1,112 @@
+"""The pipeline: the one place that joins capture, passes and back ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from fxquant import ops, store  # noqa: F401  (ops: defines the operators)
+from fxquant.capture import capture
+from fxquant.codegen.lower import LOWER
+from fxquant.compiled import CompiledModel
+from fxquant.config import Config, ConfigLike, load_config
+from fxquant.errors import CaptureError, ConfigError, near
+from fxquant.layers import Layer, find_layers
+from fxquant.modules import write_back
+from fxquant.passes.insert_qdq import INSERT_QDQ
+from fxquant.passes.normalize import NORMALIZE
+from fxquant.passes.remove_dead import REMOVE_DEAD
+from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
+from fxquant.scheme import LayerRule
+from fxquant.signature import as_call
+from fxquant.verify import verify
+
+
+def compile(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Any = None,
+    config: ConfigLike = "W6A16-E3M2",
+    *,
+    dynamic_shapes: Any = None,
+    progress: Progress = quiet,
+) -> CompiledModel:
+    """Compile ``model`` with a quantization config: capture it, rewrite the graph pass by pass, pack the weights.
+
+    ``example_inputs``: a tuple of positional or a dict of keyword inputs; their batch and sequence sizes may vary later
+    where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
+    path to YAML, TOML or JSON, a dict, or a Config. The model itself is not changed.
+
+    Raises ConfigError (unknown recipe, key or format; a rule that matches no layer), CaptureError (what cannot be
+    captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device).
+    """
+    settings = load_config(config)
+    progress("capture", 0, 0)
+    program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    measure = _measure(program, example_inputs)
+    rules = settings.layer_rules()
+    run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
+    check_rules(rules, find_layers(program.gm))
+    stages = [Stage(INSERT_QDQ, {"rules": rules, "progress": progress}), Stage(REMOVE_DEAD), Stage(LOWER), Stage(REMOVE_DEAD)]
+    run(program, stages, check=verify, measure=measure, progress=progress)
+    return CompiledModel(program, settings)
+
+
+def load(directory: str | Path) -> CompiledModel:
+    """The compiled model saved in ``directory``. Nothing in it is executed. Raises LoadError for a damaged folder."""
+    program, config = store.load(directory)
+    return CompiledModel(program, Config.model_validate(config))
+
+
+def quantize_(
+    model: nn.Module, config: ConfigLike = "W6A16-E3M2", example_inputs: Any = None, *, progress: Progress = quiet
+) -> CompiledModel:
+    """Compile ``model`` and write the packed weights back into it, so that its own methods (``generate``) run on them.
+
+    Modules whose weight was quantized are replaced in place. ``example_inputs`` defaults to the ``dummy_inputs`` that
+    Hugging Face models carry. Returns the compiled model, for its report.
+    """
+    if example_inputs is None:
+        example_inputs = getattr(model, "dummy_inputs", None)
+    if example_inputs is None:
+        raise CaptureError(f"{type(model).__name__} has no dummy_inputs; give example_inputs to quantize_")
+    compiled = compile(model, example_inputs, config, progress=progress)
+    write_back(model, compiled.program)
+    return compiled
+
+
+def check_rules(rules: Sequence[LayerRule], layers: Sequence[Layer]) -> None:
+    """Raise a ConfigError for a rule that matches no layer."""
+    names = [layer.name for layer in layers]
+    if not names:
+        raise ConfigError("the model has no layer that can be quantized: no linear, convolution, embedding or expert weight")
+    for rule in rules:
+        if not any(rule.matches(name) for name in names):
+            shown = ", ".join(names[:6]) + (f", ... ({len(names)} layers)" if len(names) > 6 else "")
+            raise ConfigError(f"rule {rule.match!r} matches no layer{near(rule.match, names)}; the layers are {shown}")
+        if not any(rule.takes(layer.name, layer.type) for layer in layers):
+            raise ConfigError(
+                f"rule {rule.match!r} applies to no layer: what it matches is of another type "
+                f"({', '.join(sorted({y.type for y in layers if rule.matches(y.name)}))}); give the exact path of an "
+                f"embedding, or list its type in types"
+            )
+
+
+def _measure(program: Program, example_inputs: Any) -> Measure | None:
+    """Relative error against the captured program's output on the example inputs."""
+    if example_inputs is None:
+        return None
+    args, kwargs = as_call(example_inputs)
+    inputs = program.signature.bind(args, kwargs)
+    with torch.no_grad():
+        want = program.gm(*inputs)
+
+    def measure(program: Program) -> float | None:
+        with torch.no_grad():
+            return relative_error(program.gm(*inputs), want)
+
+    return measure

@@ -1,0 +1,122 @@
+"""verify: what must hold of a quantized graph, as a table of rules, checked after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import packing
+from fxquant.errors import FormatError, VerifyError
+from fxquant.graph import TensorType, info
+from fxquant.ops import is_op, matrix_shape
+from fxquant.qtensor import check_scale
+from fxquant.rewrite import fetch
+from fxquant.scheme import QuantSpec, parse_spec
+
+Invariant = Callable[[fx.GraphModule, fx.Node], "str | None"]
+
+
+def verify(gm: fx.GraphModule) -> None:
+    """Raise a VerifyError that names the first node that breaks an invariant, and which."""
+    for node in gm.graph.nodes:
+        for invariant in INVARIANTS:
+            if broken := invariant(gm, node):
+                raise VerifyError(f"node {node.name!r} ({info(node).path or node.op}): {broken}")
+
+
+def is_known_operation(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """Graphs hold inputs, constants, calls of functions and one output; no modules, no methods."""
+    known = ("placeholder", "get_attr", "call_function", "output")
+    return None if node.op in known else f"operation {node.op!r} is not one of {known}"
+
+
+def constant_exists(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """A get_attr node reads a tensor of the module, of the node's type."""
+    if node.op != "get_attr":
+        return None
+    try:
+        value = fetch(gm, str(node.target))
+    except (AttributeError, AssertionError):
+        return f"the module has no tensor {node.target!r}"
+    want = info(node).type
+    got = TensorType(value.dtype, tuple(value.shape))
+    return None if want is None or got == want else f"{node.target} is {got}, its node says {want}"
+
+
+def name_is_identifier(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    return None if node.name.isidentifier() else "its name is not an identifier"
+
+
+def weight_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """Codes, scale and zero point of a quantized weight fit its spec and shape; codes are in range."""
+    at = _WEIGHT_AT.get(node.target)
+    if node.op != "call_function" or at is None:
+        return None
+    bytes_, scale, zero_point = (_value(gm, a) for a in node.args[at : at + 3])
+    spec, shape = _spec_and_shape(node)
+    if bytes_ is None or scale is None:
+        return None  # computed in the graph
+    if node.target is torch.ops.fxquant.dequantize.default:
+        return _codes_problem(bytes_, scale, zero_point, spec, shape)
+    rows, cols = matrix_shape(shape, bytes_.shape[0])
+    want = packing.packed_shape((rows, cols), spec.format.bits)
+    if bytes_.dtype != torch.uint8 or tuple(bytes_.shape) != want:
+        return f"packed weight is {bytes_.dtype} {tuple(bytes_.shape)}; {spec} of {shape} wants uint8 {want}"
+    return _scale_problem(scale, zero_point, spec, rows, cols)
+
+
+_WEIGHT_AT: dict[Any, int] = {
+    torch.ops.fxquant.dequantize.default: 0,
+    torch.ops.fxquant.dequantize_packed.default: 0,
+    torch.ops.fxquant.linear_wq.default: 1,
+    torch.ops.fxquant.conv2d_wq.default: 1,
+    torch.ops.fxquant.embedding_wq.default: 1,
+}  # operator -> position of its codes, followed by scale and zero point
+
+
+def _spec_and_shape(node: fx.Node) -> tuple[QuantSpec, Sequence[int]]:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    by_name = dict(zip(names, node.args, strict=False))
+    return parse_spec(str(by_name["spec"])), by_name["shape"]  # type: ignore[return-value]
+
+
+def _value(gm: fx.GraphModule, argument: Any) -> Tensor | None:
+    if isinstance(argument, fx.Node) and argument.op == "get_attr":
+        return fetch(gm, str(argument.target))
+    return None
+
+
+def _codes_problem(codes: Tensor, scale: Tensor, zp: Tensor | None, spec: QuantSpec, shape: Sequence[int]) -> str | None:
+    rows, cols = matrix_shape(shape, codes.shape[0])
+    if codes.dtype != torch.uint8 or tuple(codes.shape) != (rows, cols):
+        return f"codes are {codes.dtype} {tuple(codes.shape)}; a weight of {tuple(shape)} wants uint8 {(rows, cols)}"
+    if codes.numel() and int(codes.max()) >= 2**spec.format.bits:
+        return f"a code is {int(codes.max())}, above the {spec.format.bits} bits of {spec}"
+    return _scale_problem(scale, zp, spec, rows, cols)
+
+
+def _scale_problem(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, rows: int, cols: int) -> str | None:
+    try:
+        check_scale(scale, zero_point, spec, rows=rows, cols=cols)
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+def operands_are_typed(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """An operator of ours says its type and its layer, so that a report can."""
+    if is_op(node.target) and info(node).type is None:
+        return "an fxquant operator has no type"
+    return None
+
+
+INVARIANTS: tuple[Invariant, ...] = (
+    is_known_operation,
+    name_is_identifier,
+    constant_exists,
+    weight_is_consistent,
+    operands_are_typed,
+)
