@@ -1,78 +1,129 @@
-"""Symbolic sizes: small integer expressions over named dimensions, such as ``sequence + 1`` or ``batch*sequence``.
+"""Symbolic sizes: small expressions over named dimensions, such as ``sequence + 1`` or ``(batch + 1)//2``.
 
     expr  = term (('+' | '-') term)*
-    term  = atom (('*' | '//' | '%') atom)*
-    atom  = integer | name | '-' atom | '(' expr ')' | ('Max' | 'Min') '(' expr (',' expr)* ')'
+    term  = unary (('*' | '/' | '//' | '%') unary)*
+    unary = '-' unary | atom ['**' unary]
+    atom  = number | name | '(' expr ')' | function '(' expr (',' expr)* ')'
 
-They come from capture and are read back from saved files, so they are parsed here and never evaluated as Python.
+with the functions that torch.export writes (``CALLS``). They come from capture and are read back from saved files, so
+they are parsed here and never evaluated as Python. The arithmetic is exact, on fractions: ``TruncToInt(1.7*batch)``.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 Dim = int | str
 """A size: a number, or an expression over dimension names."""
 
-_TOKEN = re.compile(r"\s*(?:(\d{1,18})|([A-Za-z_][A-Za-z0-9_]{0,63})|(//|[-+*%(),]))")
-_BINARY: dict[str, Callable[[int, int], int]] = {
+Number = int | Fraction
+
+_TOKEN = re.compile(r"\s*(?:([0-9]{1,18}(?:\.[0-9]{0,18})?)|([A-Za-z_][A-Za-z0-9_]{0,63})|(//|\*\*|[-+*/%(),]))")
+_MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 512, 32, 4096
+
+
+def _power(a: Number, b: Number) -> Number:
+    if b != int(b) or b < 0 or int(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > _MAX_BITS:
+        raise ValueError("a power in a size has an exponent that is not a small whole number")
+    return Fraction(a) ** int(b)
+
+
+_BINARY: dict[str, Callable[[Number, Number], Number]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
+    "/": lambda a, b: Fraction(a) / b,
     "//": lambda a, b: a // b,
     "%": lambda a, b: a % b,
+    "**": _power,
 }
-_CALLS: dict[str, Callable[[list[int]], int]] = {"Max": max, "Min": min}
-_MAX_LENGTH, _MAX_DEPTH = 512, 32
+CALLS: dict[str, tuple[int, Callable[..., Number]]] = {
+    "Max": (0, max),
+    "Min": (0, min),
+    "Mod": (2, _BINARY["%"]),
+    "PythonMod": (2, _BINARY["%"]),
+    "FloorDiv": (2, _BINARY["//"]),
+    "CleanDiv": (2, _BINARY["//"]),
+    "CeilDiv": (2, lambda a, b: -(-a // b)),
+    "IntTrueDiv": (2, _BINARY["/"]),
+    "FloatTrueDiv": (2, _BINARY["/"]),
+    "ModularIndexing": (3, lambda a, b, c: a // b % c),
+    "PowByNatural": (2, _power),
+    "ToFloat": (1, lambda a: a),
+    "Identity": (1, lambda a: a),
+    "CeilToInt": (1, math.ceil),
+    "FloorToInt": (1, math.floor),
+    "TruncToInt": (1, math.trunc),
+    "RoundToInt": (1, round),
+}
+"""Functions by name: how many arguments each takes (0: one or more), and its value."""
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> int:
-    """The value of an expression for given sizes; ValueError for bad syntax, an unknown name or a division by 0."""
-    parser = _Parser(text, sizes)
+    """The value of an expression for given sizes.
+
+    Raises ValueError for bad syntax, an unknown name, a division by zero or a value that is not a whole number.
+    """
+    try:
+        value = _parse(text, sizes)
+    except ZeroDivisionError:
+        raise ValueError(f"size {text!r} divides by zero for {dict(sizes)}") from None
+    if value != int(value):
+        raise ValueError(f"size {text!r} is {float(value)} for {dict(sizes)}, not a whole number")
+    return int(value)
+
+
+def names(text: str) -> set[str]:
+    """The dimension names in a well-formed expression; ValueError for bad syntax."""
+    found = _Found()
+    try:
+        _parse(text, found)
+    except ZeroDivisionError:  # x // (a - b) with every name 1: parse again with names that are all different
+        _parse(text, found, safe_division=True)
+    return set(found)
+
+
+class _Found(dict[str, int]):
+    """Sizes that know every name, and keep those that were asked for."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+    def __missing__(self, key: str) -> int:
+        self[key] = 1
+        return 1
+
+
+def _parse(text: str, sizes: Mapping[str, int], *, safe_division: bool = False) -> Number:
+    parser = _Parser(text, sizes, safe_division)
     value = parser.expression(0)
     if parser.peek() != "":
         raise ValueError(f"unexpected {parser.peek()!r} in size {text!r}")
     return value
 
 
-def names(text: str) -> set[str]:
-    """The dimension names in a well-formed expression; ValueError for bad syntax."""
-    found: set[str] = set()
-
-    class Any1(Mapping[str, int]):
-        def __getitem__(self, key: str) -> int:
-            found.add(key)
-            return 1
-
-        def __iter__(self):  # type: ignore[no-untyped-def]
-            return iter(())
-
-        def __len__(self) -> int:
-            return 0
-
-        def __contains__(self, key: object) -> bool:
-            return True
-
-    try:
-        evaluate(text, Any1())
-    except ZeroDivisionError:  # x // (a - b) with every name 1: the syntax is fine
-        pass
-    return found
+def _tokens(text: str) -> list[str]:
+    if len(text) > _MAX_LENGTH:
+        raise ValueError(f"size expression of {len(text)} characters; at most {_MAX_LENGTH} are allowed")
+    tokens, at = [], 0
+    while text[at:].strip():
+        match = _TOKEN.match(text, at)
+        if match is None:
+            raise ValueError(f"unexpected {text[at:].strip()[0]!r} in size {text!r}")
+        tokens.append(match[0].strip())
+        at = match.end()
+    return tokens
 
 
 class _Parser:
-    def __init__(self, text: str, sizes: Mapping[str, int]) -> None:
-        if len(text) > _MAX_LENGTH:
-            raise ValueError(f"size expression of {len(text)} characters; at most {_MAX_LENGTH} are allowed")
-        self.sizes, self.tokens, at = sizes, list[str](), 0
-        while text[at:].strip():
-            match = _TOKEN.match(text, at)
-            if match is None:
-                raise ValueError(f"unexpected {text[at:].strip()[0]!r} in size {text!r}")
-            self.tokens.append(match[0].strip())
-            at = match.end()
-        self.at = 0
+    """One pass over the tokens, computing as it goes. ``safe_division`` makes ``x // 0`` be 0: only syntax matters."""
+
+    def __init__(self, text: str, sizes: Mapping[str, int], safe_division: bool) -> None:
+        self.text, self.sizes, self.safe = text, sizes, safe_division
+        self.tokens, self.at = _tokens(text), 0
 
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
@@ -84,42 +135,66 @@ class _Parser:
 
     def expect(self, token: str) -> None:
         if (got := self.take()) != token:
-            raise ValueError(f"expected {token!r}, got {got or 'the end'!r}")
+            raise ValueError(f"expected {token!r} in size {self.text!r}, got {got or 'the end'!r}")
 
-    def expression(self, depth: int) -> int:
-        value = self.term(depth)
-        while self.peek() in ("+", "-"):
-            value = _BINARY[self.take()](value, self.term(depth))
-        return value
+    def apply(self, function: Callable[..., Number], *values: Number) -> Number:
+        try:
+            return function(*values)
+        except ZeroDivisionError:
+            if self.safe:
+                return 0
+            raise
 
-    def term(self, depth: int) -> int:
-        value = self.atom(depth)
-        while self.peek() in ("*", "//", "%"):
-            value = _BINARY[self.take()](value, self.atom(depth))
-        return value
-
-    def atom(self, depth: int) -> int:
+    def expression(self, depth: int) -> Number:
         if depth > _MAX_DEPTH:
             raise ValueError(f"size expression nested deeper than {_MAX_DEPTH}")
+        value = self.term(depth)
+        while self.peek() in ("+", "-"):
+            value = self.apply(_BINARY[self.take()], value, self.term(depth))
+        return value
+
+    def term(self, depth: int) -> Number:
+        value = self.unary(depth)
+        while self.peek() in ("*", "/", "//", "%"):
+            value = self.apply(_BINARY[self.take()], value, self.unary(depth))
+        return value
+
+    def unary(self, depth: int) -> Number:
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"size expression nested deeper than {_MAX_DEPTH}")
+        if self.peek() == "-":
+            self.take()
+            return -self.unary(depth + 1)
+        value = self.atom(depth)
+        if self.peek() == "**":
+            self.take()
+            return self.apply(_power, value, self.unary(depth + 1))
+        return value
+
+    def atom(self, depth: int) -> Number:
         token = self.take()
-        if token.isdigit():
-            return int(token)
-        if token == "-":
-            return -self.atom(depth + 1)
         if token == "(":
             value = self.expression(depth + 1)
             self.expect(")")
             return value
-        if token in _CALLS:
-            self.expect("(")
-            values = [self.expression(depth + 1)]
-            while self.peek() == ",":
-                self.take()
-                values.append(self.expression(depth + 1))
-            self.expect(")")
-            return _CALLS[token](values)
+        if token[:1].isdigit():
+            return Fraction(token) if "." in token else int(token)
+        if token in CALLS and self.peek() == "(":
+            return self.call(token, depth)
         if token.isidentifier():
             if token not in self.sizes:
-                raise ValueError(f"unknown dimension {token!r}")
+                raise ValueError(f"unknown dimension {token!r} in size {self.text!r}")
             return self.sizes[token]
-        raise ValueError(f"unexpected {token or 'end'!r} in a size expression")
+        raise ValueError(f"unexpected {token or 'end'!r} in size {self.text!r}")
+
+    def call(self, name: str, depth: int) -> Number:
+        self.expect("(")
+        values = [self.expression(depth + 1)]
+        while self.peek() == ",":
+            self.take()
+            values.append(self.expression(depth + 1))
+        self.expect(")")
+        arity, function = CALLS[name]
+        if arity and len(values) != arity:
+            raise ValueError(f"{name} in size {self.text!r} takes {arity} arguments, got {len(values)}")
+        return self.apply(function, *values)

@@ -55,7 +55,7 @@ class FloatFormat:
 
     def __str__(self) -> str:
         special = "" if self.specials == default_specials(self.ebits, self.mbits) else self.specials
-        bias = "" if self.bias == default_bias(self.ebits) else f"b{self.bias}"
+        bias = "" if self.bias == default_bias(self.ebits, self.specials) else f"b{self.bias}"
         return f"e{self.ebits}m{self.mbits}{special}{bias}"
 
     @property
@@ -211,9 +211,9 @@ def _boundaries(format: FloatFormat, dtype: torch.dtype, device: torch.device) -
     return torch.where(upper_is_even, below, middle).to(device)
 
 
-def default_bias(ebits: int) -> int:
-    """2^(E-1) - 1; E1 has bias 0."""
-    return int(2 ** (ebits - 1) - 1)
+def default_bias(ebits: int, specials: Specials = "none") -> int:
+    """2^(E-1) - 1 (0 for E1); one more for ``fnuz``, which hardware defines so."""
+    return int(2 ** (ebits - 1) - (specials != "fnuz"))
 
 
 def default_specials(ebits: int, mbits: int) -> Specials:
@@ -240,8 +240,9 @@ def parse_format(name: str) -> Format:
     if match := _FLOAT.fullmatch(text):
         ebits, mbits = int(match[1]), int(match[2])
         if ebits + mbits <= 7 and ebits >= 1:
-            bias = default_bias(ebits) if match[4] is None else int(match[4])
-            return FloatFormat(ebits, mbits, bias, _specials(match[3]) or default_specials(ebits, mbits))
+            specials = _specials(match[3]) or default_specials(ebits, mbits)
+            bias = default_bias(ebits, specials) if match[4] is None else int(match[4])
+            return FloatFormat(ebits, mbits, bias, specials)
     elif match := _INT.fullmatch(text):
         if 2 <= int(match[2]) <= 8:
             return IntFormat(int(match[2]), signed=not match[1])

@@ -174,8 +174,9 @@ def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     name = old.name
     graph.erase_node(old)
-    if fresh:
-        new._rename(name)
+    if fresh:  # not Node._rename, which would number the name since it was in use once
+        graph._graph_namespace._rename_object(new, name)
+        new.name = name
 
 
 def remove_unused(graph: fx.Graph) -> list[str]:

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxquant.graph import NodeInfo, TensorType, info, set_info
 from fxquant.program import Pass, Program
-from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch
+from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch, get_attrs
 
 _END = 2**63 - 1
 
@@ -23,7 +23,17 @@ def normalize(program: Program, settings: Mapping[str, Any]) -> Log:
     for node in program.gm.graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             fill_arguments(node)
-    return apply_rules(program.gm, RULES)
+    log = apply_rules(program.gm, RULES)
+    settle_constants(program.gm.graph)
+    return log
+
+
+def settle_constants(graph: fx.Graph) -> None:
+    """Move every get_attr node right in front of its first user, so that the program reads top to bottom."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(get_attrs(graph)):
+        if node.users:
+            min(node.users, key=order.__getitem__).prepend(node)
 
 
 def fill_arguments(node: fx.Node) -> None:

@@ -1,0 +1,316 @@
+"""summarize: what a program weighs before and after, layer by layer, and what each pass did.
+
+    bytes_before = float bytes of the quantized weights + rest
+    bytes_after  = packed codes, scales, zero points    + rest
+
+``rest`` is every other tensor of the program, each memory counted once however many names it has. Both lowered programs
+and those in QDQ form are summed by the size they pack to, so the figures do not move when a program is lowered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.graph import WeightQuant, info
+from fxquant.layers import Layer, find_layers
+from fxquant.program import Program, Step, target_name
+from fxquant.rewrite import aten, get_attrs, identity, tensors
+from fxquant.show.units import percent, seconds, size, table
+
+ops: Any = torch.ops.fxquant
+_LAYER_OPS: dict[Any, str] = {
+    ops.linear_wq.default: "linear",
+    ops.conv2d_wq.default: "conv",
+    ops.embedding_wq.default: "embedding",
+}
+_DEQUANTIZE = (ops.dequantize.default, ops.dequantize_packed.default)
+_STORED = ("codes", "packed", "scale", "zero_point")
+_VIEWS = (
+    aten.to.dtype, aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.index.Tensor,
+    aten.index_select.default,
+)  # fmt: skip
+_TYPES = {"linear": "linear", "embedding": "embedding", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """One layer: what its weight became, or in ``reason`` why it stayed in float (``spec`` None).
+
+    ``bits`` are the bits of a stored code or float. ``bytes_after`` includes scales and zero points. ``error`` is
+    ||W - W'|| / ||W||. ``tied_to`` names the layer that the same stored weight is counted under.
+    """
+
+    name: str
+    node: str
+    type: str
+    module: str
+    weight: str
+    shape: tuple[int, ...]
+    bits: int
+    bytes_before: int
+    bytes_after: int
+    spec: str | None = None
+    method: str | None = None
+    error: float | None = None
+    reason: str | None = None
+    tied_to: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSummary:
+    """One pass: ``label`` is its name, with #2, #3 where a name recurs; ``error`` as in ``program.Step``."""
+
+    label: str
+    name: str
+    seconds: float
+    rewrites: int
+    declines: int
+    nodes: int
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeclineSummary:
+    """A rule that did not fire, in which pass, on which layer, and why."""
+
+    step: str
+    rule: str
+    node: str
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Sizes in bytes of the whole model and of its quantized weights, its layers, declines and passes."""
+
+    bytes_before: int
+    bytes_after: int
+    weight_bytes_before: int
+    weight_bytes_after: int
+    weights: int
+    layers: tuple[LayerSummary, ...]
+    declines: tuple[DeclineSummary, ...]
+    steps: tuple[StepSummary, ...]
+
+    @property
+    def bytes_per_weight(self) -> float | None:
+        """Packed bytes, scales included, for each quantized weight; None where nothing is quantized."""
+        return self.weight_bytes_after / self.weights if self.weights else None
+
+    @property
+    def quantized(self) -> tuple[LayerSummary, ...]:
+        return tuple(layer for layer in self.layers if layer.spec is not None)
+
+    @property
+    def seconds(self) -> float:
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def error(self) -> float | None:
+        """The output error after the last pass that measured one."""
+        return next((step.error for step in reversed(self.steps) if step.error is not None), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values that ``json.dumps`` takes; a figure that is not finite becomes None."""
+        found: dict[str, Any] = _plain(asdict(self))
+        return {**found, "bytes_per_weight": self.bytes_per_weight, "seconds": self.seconds, "error": _plain(self.error)}
+
+    def __str__(self) -> str:
+        return "\n".join(_render(self))
+
+
+def summarize(program: Program) -> Summary:
+    """The summary of ``program`` at any stage: captured, in QDQ form, lowered, or loaded from disk."""
+    uses = list(_weight_uses(program.gm))
+    before, after = _totals(program.gm, uses)
+    stored = {use.stored[0]: use for use in uses}
+    return Summary(
+        before,
+        after,
+        sum({use.quant.weight: use.quant.float_nbytes for use in uses}.values()),
+        sum(use.quant.nbytes for use in stored.values()),
+        sum(use.count for use in stored.values()),
+        tuple(_layers(program, uses)),
+        tuple(
+            DeclineSummary(label, d.rule, d.node, d.layer, d.reason)
+            for label, step in labelled(program.trace)
+            for d in step.declines
+        ),
+        tuple(
+            StepSummary(
+                label, s.name, s.seconds, len(s.rewrites), len(s.declines), len(s.text.splitlines()), s.error
+            )
+            for label, s in labelled(program.trace)
+        ),
+    )  # fmt: skip
+
+
+def labelled(trace: list[Step]) -> list[tuple[str, Step]]:
+    """Steps with a label each: the pass's name, ``remove_dead#2`` for its second run."""
+    seen: dict[str, int] = {}
+    found = []
+    for step in trace:
+        seen[step.name] = seen.get(step.name, 0) + 1
+        found.append((step.name if seen[step.name] == 1 else f"{step.name}#{seen[step.name]}", step))
+    return found
+
+
+# --- quantized weights in the graph ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Use:
+    """A quantized weight and a layer that takes it. ``stored``: names of its codes, scale and zero point."""
+
+    layer: fx.Node
+    type: str
+    quant: WeightQuant
+    stored: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def _weight_uses(gm: fx.GraphModule) -> Iterator[_Use]:
+    for node in gm.graph.nodes:
+        quant = info(node).weight
+        if quant is None or (node.target not in _LAYER_OPS and node.target not in _DEQUANTIZE):
+            continue
+        named = {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)} | node.kwargs
+        stored = tuple(str(named[k].target) for k in _STORED if isinstance(named.get(k), fx.Node))
+        shape = tuple(int(n) for n in named["shape"])
+        for layer in [node] if node.target in _LAYER_OPS else _consumers(node):
+            yield _Use(layer, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
+
+
+def _consumers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that use a dequantized weight, behind casts, views and selections of it."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _consumers(user) if user.target in _VIEWS and user.args[0] is node else [user]
+    return found or [node]
+
+
+def _type_of(node: fx.Node) -> str:
+    return _TYPES.get(target_name(node.target).split(".")[1], "matmul")
+
+
+def _totals(gm: fx.GraphModule, uses: list[_Use]) -> tuple[int, int]:
+    """Bytes of the whole model before and after: quantized weights as packed, a float weight only if still read."""
+    present, stored = tensors(gm), {name for use in uses for name in use.stored}
+    floats = {identity(present[u.quant.weight]) for u in uses if u.quant.weight in present}
+    read = {identity(present[str(n.target)]) for n in get_attrs(gm.graph) if n.users}
+    rest = {identity(value): value.nbytes for name, value in present.items() if name not in stored}
+    before = sum({u.quant.weight: u.quant.float_nbytes for u in uses}.values())
+    after = sum({u.stored[0]: u.quant.nbytes for u in uses}.values())
+    before += sum(n for key, n in rest.items() if key not in floats)
+    after += sum(n for key, n in rest.items() if key not in floats or key in read)
+    return before, after
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+def _layers(program: Program, uses: list[_Use]) -> Iterator[LayerSummary]:
+    """Quantized layers and those in float, in graph order."""
+    found: dict[fx.Node, LayerSummary] = {}
+    first: dict[str, str] = {}
+    for use in uses:
+        name = info(use.layer).path or use.quant.weight
+        found[use.layer] = _quantized(use, name, first.get(use.stored[0]))
+        first.setdefault(use.stored[0], name)
+    reasons = {key: d.reason for step in program.trace for d in step.declines for key in (d.layer, d.node)}
+    for layer in find_layers(program.gm):
+        if layer.node not in found:
+            key = str(identity(layer.weight)[:1])
+            found[layer.node] = _in_float(layer, reasons, first.get(key))
+            first.setdefault(key, layer.name)
+    order = {node: i for i, node in enumerate(program.gm.graph.nodes)}
+    return (found[node] for node in sorted(found, key=order.__getitem__))
+
+
+def _quantized(use: _Use, name: str, tied_to: str | None) -> LayerSummary:
+    quant, about = use.quant, info(use.layer)
+    return LayerSummary(
+        name, use.layer.name, use.type, about.module, quant.weight, use.shape, quant.spec.format.bits, quant.float_nbytes,
+        quant.nbytes, str(quant.spec), quant.method, quant.error, None, tied_to, about.source,
+    )  # fmt: skip
+
+
+def _in_float(layer: Layer, reasons: dict[str, str], tied_to: str | None) -> LayerSummary:
+    about, weight = info(layer.node), layer.weight
+    reason = reasons.get(layer.node.name) or reasons.get(layer.name) or "no pass has looked at this layer"
+    return LayerSummary(
+        layer.name, layer.node.name, layer.type, about.module, layer.target, tuple(weight.shape), weight.itemsize * 8,
+        weight.nbytes, weight.nbytes, reason=reason, tied_to=tied_to, source=about.source,
+    )  # fmt: skip
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+def _render(s: Summary) -> Iterator[str]:
+    quantized = s.quantized
+    yield f"model    {size(s.bytes_before)} -> {size(s.bytes_after)} ({ratio(s.bytes_before, s.bytes_after)})"
+    if s.bytes_per_weight is not None:
+        yield (
+            f"weights  {size(s.weight_bytes_before)} -> {size(s.weight_bytes_after)} "
+            f"({ratio(s.weight_bytes_before, s.weight_bytes_after)}, {s.bytes_per_weight:.4f} bytes a weight with scales)"
+        )
+    yield f"layers   {len(quantized)} of {len(s.layers)} quantized"
+    if s.error is not None:
+        yield f"error    {percent(s.error)} of the first output, on the example inputs"
+    for title, rows in (("formats", _formats(s)), ("in float", _float_rows(s)), ("passes", _step_rows(s))):
+        if len(rows) > 1:
+            yield ""
+            yield title
+            yield from (f"  {row}" for row in table(rows))
+
+
+def ratio(before: int, after: int) -> str:
+    """``5.3x smaller``; ``same size`` within half a percent."""
+    if not after or abs(before / after - 1) < 0.005:
+        return "same size"
+    return f"{before / after:.2f}x smaller" if before > after else f"{after / before:.2f}x larger"
+
+
+def _formats(s: Summary) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("spec", "method", "layers", "size", "error mean", "error max")]
+    for key in dict.fromkeys((q.spec, q.method) for q in s.quantized):
+        members = [q for q in s.quantized if (q.spec, q.method) == key]
+        errors = [q.error for q in members if q.error is not None and math.isfinite(q.error)] or [0.0]
+        stored = sum(q.bytes_after for q in members if not q.tied_to)
+        mean = percent(sum(errors) / len(errors))
+        rows.append((str(key[0]), str(key[1]), str(len(members)), size(stored), mean, percent(max(errors))))
+    return rows
+
+
+def _float_rows(s: Summary) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("layers", "size", "why", "such as")]
+    floats = [q for q in s.layers if q.spec is None]
+    for reason in dict.fromkeys(q.reason for q in floats):
+        members = [q for q in floats if q.reason == reason]
+        stored = sum(q.bytes_after for q in members if not q.tied_to)
+        rows.append((str(len(members)), size(stored), str(reason), members[0].name))
+    return rows
+
+
+def _step_rows(s: Summary) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("pass", "time", "rewrites", "declines", "nodes", "error")]
+    for step in s.steps:
+        error = "" if step.error is None else percent(step.error)
+        figures = (str(step.rewrites), str(step.declines), str(step.nodes), error)
+        rows.append((step.label, seconds(step.seconds), *figures))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
