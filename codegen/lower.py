@@ -51,21 +51,23 @@ def _weight(match: Match) -> tuple[Any, ...]:
 
 
 def lower_linear(match: Match) -> fx.Node | Decline:
-    bias, spec, shape = match["bias"], match["spec"], match["shape"]
-    return _lowered_from(match, ops.linear_wq.default, match["x"], *_weight(match), bias, spec, shape)
+    return _lowered(
+        match, ops.linear_wq.default, match["x"], *_weight(match), match["bias"], match["spec"], match["shape"]
+    )
 
 
 def lower_conv2d(match: Match) -> fx.Node | Decline:
     window = [_pair(match[k]) for k in ("stride", "padding", "dilation")]
-    return _lowered_from(
+    return _lowered(
         match, ops.conv2d_wq.default, match["x"], *_weight(match), match["bias"], match["spec"], match["shape"], *window,
         match["groups"],
     )  # fmt: skip
 
 
 def lower_embedding(match: Match) -> fx.Node | Decline:
-    return _lowered_from(
-        match, ops.embedding_wq.default, match["indices"], *_weight(match), match["spec"], match["shape"]
+    dtype = _dequantize(match).kwargs
+    return _lowered(
+        match, ops.embedding_wq.default, match["indices"], *_weight(match), match["spec"], match["shape"], **dtype
     )
 
 
@@ -73,17 +75,21 @@ def _pair(value: Any) -> list[int]:
     return list(value) * 2 if len(value) == 1 else list(value)
 
 
-def _lowered_from(match: Match, target: Any, *args: Any) -> fx.Node:
-    """The packed operator, carrying the WeightQuant of the dequantize node that it absorbs."""
-    new = match.call(target, *args)
-    dequantize = next(a for a in match.node.args if isinstance(a, fx.Node) and a.target is ops.dequantize.default)
-    update_info(new, weight=info(dequantize).weight)
+def _dequantize(match: Match) -> fx.Node:
+    """The dequantize node that the packed operator absorbs."""
+    return next(a for a in match.node.args if isinstance(a, fx.Node) and a.target is ops.dequantize.default)
+
+
+def _lowered(match: Match, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """The packed operator, carrying the WeightQuant of the weight it absorbs."""
+    new = match.call(target, *args, **kwargs)
+    update_info(new, weight=info(_dequantize(match)).weight)
     return new
 
 
 def read_packed(match: Match) -> fx.Node | Decline:
     """A consumer without a packed operator of its own: it reads the weight decoded."""
-    return match.call(ops.dequantize_packed.default, *_weight(match), match["spec"], match["shape"])
+    return match.call(ops.dequantize_packed.default, *_weight(match), match["spec"], match["shape"], **match.node.kwargs)
 
 
 _DQ = Call(ops.dequantize.default, Var("packed"), Var("scale"), Var("zp"), Var("spec"), Var("shape"))

@@ -6,7 +6,8 @@
     atom  = number | name | '(' expr ')' | function '(' expr (',' expr)* ')'
 
 with the functions that torch.export writes (``CALLS``). They come from capture and are read back from saved files, so
-they are parsed here and never evaluated as Python. The arithmetic is exact, on fractions: ``TruncToInt(1.7*batch)``.
+they are parsed here and never evaluated as Python. Integers are exact; what is a float in torch, as in
+``TruncToInt(1.7*ToFloat(batch))``, is a float here.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from fractions import Fraction
 Dim = int | str
 """A size: a number, or an expression over dimension names."""
 
-Number = int | Fraction
+Number = int | Fraction | float
 
 _TOKEN = re.compile(r"\s*(?:([0-9]{1,18}(?:\.[0-9]{0,18})?)|([A-Za-z_][A-Za-z0-9_]{0,63})|(//|\*\*|[-+*/%(),]))")
 _MAX_LENGTH, _MAX_DEPTH, _MAX_BITS = 512, 32, 4096
 
 
 def _power(a: Number, b: Number) -> Number:
-    if b != int(b) or b < 0 or int(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > _MAX_BITS:
+    bits = 1 if isinstance(a, float) else max(a.numerator.bit_length(), a.denominator.bit_length())
+    if b != int(b) or b < 0 or int(b) * bits > _MAX_BITS:
         raise ValueError("a power in a size has an exponent that is not a small whole number")
-    return Fraction(a) ** int(b)
+    return a ** int(b)
 
 
 _BINARY: dict[str, Callable[[Number, Number], Number]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
-    "/": lambda a, b: Fraction(a) / b,
+    "/": lambda a, b: a / b if isinstance(a, float) else Fraction(a) / b,
     "//": lambda a, b: a // b,
     "%": lambda a, b: a % b,
     "**": _power,
@@ -48,11 +50,11 @@ CALLS: dict[str, tuple[int, Callable[..., Number]]] = {
     "FloorDiv": (2, _BINARY["//"]),
     "CleanDiv": (2, _BINARY["//"]),
     "CeilDiv": (2, lambda a, b: -(-a // b)),
-    "IntTrueDiv": (2, _BINARY["/"]),
-    "FloatTrueDiv": (2, _BINARY["/"]),
+    "IntTrueDiv": (2, lambda a, b: a / b),
+    "FloatTrueDiv": (2, lambda a, b: a / b),
     "ModularIndexing": (3, lambda a, b, c: a // b % c),
     "PowByNatural": (2, _power),
-    "ToFloat": (1, lambda a: a),
+    "ToFloat": (1, float),
     "Identity": (1, lambda a: a),
     "CeilToInt": (1, math.ceil),
     "FloorToInt": (1, math.floor),
@@ -69,20 +71,22 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int:
     """
     try:
         value = _parse(text, sizes)
+        if value == int(value):
+            return int(value)
     except ZeroDivisionError:
         raise ValueError(f"size {text!r} divides by zero for {dict(sizes)}") from None
-    if value != int(value):
-        raise ValueError(f"size {text!r} is {float(value)} for {dict(sizes)}, not a whole number")
-    return int(value)
+    except OverflowError:
+        raise ValueError(f"size {text!r} is too large for {dict(sizes)}") from None
+    raise ValueError(f"size {text!r} is not a whole number for {dict(sizes)}")
 
 
 def names(text: str) -> set[str]:
     """The dimension names in a well-formed expression; ValueError for bad syntax."""
     found = _Found()
     try:
-        _parse(text, found)
-    except ZeroDivisionError:  # x // (a - b) with every name 1: parse again with names that are all different
-        _parse(text, found, safe_division=True)
+        _parse(text, found, any_value=True)
+    except OverflowError:
+        raise ValueError(f"size {text!r} is too large") from None
     return set(found)
 
 
@@ -97,8 +101,8 @@ class _Found(dict[str, int]):
         return 1
 
 
-def _parse(text: str, sizes: Mapping[str, int], *, safe_division: bool = False) -> Number:
-    parser = _Parser(text, sizes, safe_division)
+def _parse(text: str, sizes: Mapping[str, int], *, any_value: bool = False) -> Number:
+    parser = _Parser(text, sizes, any_value)
     value = parser.expression(0)
     if parser.peek() != "":
         raise ValueError(f"unexpected {parser.peek()!r} in size {text!r}")
@@ -119,10 +123,10 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Parser:
-    """One pass over the tokens, computing as it goes. ``safe_division`` makes ``x // 0`` be 0: only syntax matters."""
+    """One pass over the tokens, computing as it goes. With ``any_value`` only the syntax matters: ``x // 0`` is 0."""
 
-    def __init__(self, text: str, sizes: Mapping[str, int], safe_division: bool) -> None:
-        self.text, self.sizes, self.safe = text, sizes, safe_division
+    def __init__(self, text: str, sizes: Mapping[str, int], any_value: bool) -> None:
+        self.text, self.sizes, self.any_value = text, sizes, any_value
         self.tokens, self.at = _tokens(text), 0
 
     def peek(self) -> str:
@@ -141,7 +145,7 @@ class _Parser:
         try:
             return function(*values)
         except ZeroDivisionError:
-            if self.safe:
+            if self.any_value:
                 return 0
             raise
 
@@ -178,7 +182,7 @@ class _Parser:
             self.expect(")")
             return value
         if token[:1].isdigit():
-            return Fraction(token) if "." in token else int(token)
+            return float(token) if "." in token else int(token)
         if token in CALLS and self.peek() == "(":
             return self.call(token, depth)
         if token.isidentifier():

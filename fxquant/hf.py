@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,9 +48,10 @@ def load_model(path: str | Path, *, progress: Progress = quiet) -> LoadedModel:
     _check_path(path)
     hf = transformers()
     progress("load model", 0, 3)
-    model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path), None)
-    progress("load tokenizer", 1, 3)
-    tokenizer = _tokenizer(hf, path)
+    with _no_bars(hf):
+        model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path), None)
+        progress("load tokenizer", 1, 3)
+        tokenizer = _tokenizer(hf, path)
     progress("make example inputs", 2, 3)
     inputs = example_inputs(model)
     progress("load model", 3, 3)
@@ -65,6 +68,19 @@ def transformers() -> ModuleType:
             f"run: pip install 'fxquant[hf]'"
         ) from error
     return package  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _no_bars(hf: ModuleType) -> Iterator[None]:
+    """transformers' own progress bars off, restored afterwards: progress goes to the caller's Progress."""
+    logging = hf.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 # --- what a path is ---------------------------------------------------------------------------------------------------

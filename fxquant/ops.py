@@ -11,7 +11,7 @@ tested against this one. Ops on packed codes never see a float weight::
     embedding_wq(indices, packed, scale, zp, spec, shape)   rows of W, only those that are asked for
 
 ``spec`` is a QuantSpec's text, ``shape`` the logical shape of the weight, ``zp`` a zero point or None. W is decoded in
-float32 and used in the dtype of x. Gradients flow to x and bias (codes have none); ``quantize`` followed by
+float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one. Gradients flow to x and bias (codes have none); ``quantize`` followed by
 ``dequantize`` has no gradient, ``fake_quantize`` is the straight-through form of the pair.
 """
 
@@ -29,17 +29,18 @@ from fxquant import packing, qtensor
 from fxquant.scheme import QuantSpec, parse_spec
 
 NAMESPACE = "fxquant"
+DType = torch.dtype | None
 
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero_point"
 SCHEMAS = (
     "quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec) -> Tensor",
-    "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str spec, int[] shape) -> Tensor",
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str spec, int[] shape, *, ScalarType? dtype=None) -> Tensor",
     "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec) -> Tensor",
-    f"dequantize_packed({_WEIGHT}, str spec, int[] shape) -> Tensor",
+    f"dequantize_packed({_WEIGHT}, str spec, int[] shape, *, ScalarType? dtype=None) -> Tensor",
     f"linear_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape) -> Tensor",
     f"conv2d_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, int[] stride, int[] padding, int[] dilation, "
     "int groups) -> Tensor",
-    f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape) -> Tensor",
+    f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape, *, ScalarType? dtype=None) -> Tensor",
 )
 # quantize and dequantize: the QDQ form that passes edit. The rest: what lowering makes of it.
 
@@ -53,18 +54,23 @@ def matrix_shape(shape: Sequence[int], rows: int) -> tuple[int, int]:
     return rows, math.prod(shape) // max(rows, 1)
 
 
-def _decode(packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
+def _decode(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: Sequence[int], dtype: DType
+) -> Tensor:
     cols = matrix_shape(shape, packed.shape[0])[1]
     codes = packing.unpack(packed, spec.format.bits, cols)
-    return qtensor.dequantize(codes, scale, zero_point, spec)
+    return qtensor.dequantize(codes, scale, zero_point, spec, dtype or torch.float32).reshape(tuple(shape))
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
     return qtensor.quantize(x, scale, zero_point, parse_spec(spec))
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int]) -> Tensor:
-    return qtensor.dequantize(codes, scale, zero_point, parse_spec(spec)).reshape(tuple(shape))
+def dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int], *, dtype: DType = None
+) -> Tensor:
+    value = qtensor.dequantize(codes, scale, zero_point, parse_spec(spec), dtype or torch.float32)
+    return value.reshape(tuple(shape))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
@@ -74,9 +80,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str
 
 
 def dequantize_packed(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int]
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int], *, dtype: DType = None
 ) -> Tensor:
-    return _decode(packed, scale, zero_point, parse_spec(spec), shape).reshape(tuple(shape))
+    return _decode(packed, scale, zero_point, parse_spec(spec), shape, dtype)
 
 
 def linear_wq(
@@ -88,8 +94,7 @@ def linear_wq(
     spec: str,
     shape: Sequence[int],
 ) -> Tensor:
-    weight = dequantize_packed(packed, scale, zero_point, spec, shape)
-    return F.linear(x, weight.to(x.dtype), bias)
+    return F.linear(x, _decode(packed, scale, zero_point, parse_spec(spec), shape, x.dtype), bias)
 
 
 def conv2d_wq(
@@ -105,12 +110,19 @@ def conv2d_wq(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    weight = dequantize_packed(packed, scale, zero_point, spec, shape)
-    return F.conv2d(x, weight.to(x.dtype), bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+    weight = _decode(packed, scale, zero_point, parse_spec(spec), shape, x.dtype)
+    return F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def embedding_wq(
-    indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int]
+    indices: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: str,
+    shape: Sequence[int],
+    *,
+    dtype: DType = None,
 ) -> Tensor:
     parsed, flat = parse_spec(spec), indices.reshape(-1)
     per_row = scale.shape[0] > 1
@@ -120,6 +132,7 @@ def embedding_wq(
         zero_point.index_select(0, flat) if per_row and zero_point is not None else zero_point,
         parsed,
         (flat.shape[0], shape[1]),
+        dtype,
     )
     return rows.reshape(*indices.shape, shape[1])
 
@@ -146,8 +159,8 @@ def _fake_like_x(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_shape(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int]) -> Tensor:
-    return codes.new_empty(tuple(shape), dtype=torch.float32)
+def _fake_shape(codes: Tensor, *args: Any, dtype: DType = None) -> Tensor:
+    return codes.new_empty(tuple(args[-1]), dtype=dtype or torch.float32)
 
 
 def _fake_linear(x: Tensor, *args: Any) -> Tensor:
@@ -161,9 +174,8 @@ def _fake_conv2d(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | 
     return F.conv2d(x, weight, bias, *window)
 
 
-def _fake_embedding(indices: Tensor, packed: Tensor, *args: Any) -> Tensor:
-    shape = args[-1]
-    return packed.new_empty(*indices.shape, shape[1], dtype=torch.float32)
+def _fake_embedding(indices: Tensor, packed: Tensor, *args: Any, dtype: DType = None) -> Tensor:
+    return packed.new_empty(*indices.shape, args[-1][1], dtype=dtype or torch.float32)
 
 
 for _name, _fake in (

@@ -62,10 +62,10 @@ class Match:
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Insert a call in front of the matched node, with the provenance of that node."""
         with self.graph.inserting_before(self.node):
-            new = self.graph.call_function(target, args)
+            new = self.graph.call_function(target, args, kwargs)
         set_info(new, info(self.node))
         return new
 

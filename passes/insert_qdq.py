@@ -32,17 +32,16 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
     done: dict[str, fx.Node] = {}
     for i, layer in enumerate(layers):
         progress("quantize weights", i, len(layers))
+        update_info(layer.node, path=layer.name)
         choice = choose(layer, settings["rules"], shared.get(layer.name, [layer]))
         if isinstance(choice, Decline):
             log.declined(RULE, layer.node, choice.reason)
-            update_info(layer.node, path=layer.name)
             continue
         key = f"{layer.target}{'^T' if layer.transposed else ''}"
         if key not in done:
             done[key] = insert_dequantize(gm, layer, choice)
         _use(layer, done[key])
         log.rewrote(RULE, layer.node, str(choice))
-        update_info(layer.node, path=layer.name)
     progress("quantize weights", len(layers), len(layers))
     return log
 
@@ -80,10 +79,11 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
             if tensor is not None:
                 attach(gm, f"{base}_{suffix}", tensor)
             parts.append(None if tensor is None else get_attr(graph, f"{base}_{suffix}", tensor))
-        node = graph.call_function(torch.ops.fxquant.dequantize.default, (*parts, str(spec), list(q.shape)))
+        dtype = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
+        node = graph.call_function(torch.ops.fxquant.dequantize.default, (*parts, str(spec), list(q.shape)), dtype)
     weight = WeightQuant(layer.target, spec, "rtn", weight_error(value, q), q.nbytes, layer.weight.nbytes)
-    set_info(node, NodeInfo(TensorType(torch.float32, q.shape), layer.name, weight=weight))
-    return cast_like(gm, node, layer)
+    set_info(node, NodeInfo(TensorType(value.dtype, q.shape), layer.name, weight=weight))
+    return _oriented(graph, node, layer)
 
 
 def weight_error(value: torch.Tensor, q: QuantizedTensor) -> float:
@@ -92,20 +92,14 @@ def weight_error(value: torch.Tensor, q: QuantizedTensor) -> float:
     return float((q.dequantize() - value.float()).norm()) / norm if norm else 0.0
 
 
-def cast_like(gm: fx.GraphModule, node: fx.Node, layer: Layer) -> fx.Node:
-    """The dequantized weight in the dtype and orientation that the layer's operand has."""
-    graph, last = gm.graph, node
-    dtype = layer.weight.dtype
-    with graph.inserting_after(last):
-        if dtype != torch.float32:
-            last = graph.call_function(aten.to.dtype, (node, dtype, False, False, None))
-            set_info(last, NodeInfo(TensorType(dtype, tuple(node.args[4])), layer.name))  # type: ignore[arg-type]
-    if layer.type == "matmul" and layer.transposed:
-        with graph.inserting_after(last):
-            swapped = graph.call_function(aten.transpose.int, (last, 1, 2))
-        set_info(swapped, NodeInfo(TensorType(dtype, tuple(layer.weight.shape)), layer.name))
-        last = swapped
-    return last
+def _oriented(graph: fx.Graph, node: fx.Node, layer: Layer) -> fx.Node:
+    """The dequantized weight ``[experts, out, in]`` as the batched product wants it, ``[experts, in, out]``."""
+    if not (layer.type == "matmul" and layer.transposed):
+        return node
+    with graph.inserting_after(node):
+        swapped = graph.call_function(aten.transpose.int, (node, 1, 2))
+    set_info(swapped, NodeInfo(TensorType(layer.weight.dtype, tuple(layer.weight.shape)), layer.name))
+    return swapped
 
 
 def _first_use(layer: Layer) -> fx.Node:

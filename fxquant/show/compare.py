@@ -1,7 +1,7 @@
 """compare: the difference of two graph texts, in which a line that only moved is not a change.
 
-Every line of a graph defines another node, so lines are unique and the longest common subsequence is the longest increasing
-run of positions (patience diff): n log n, where a general diff would take minutes on a large graph.
+Every line of a graph defines another node, so lines are unique and the longest common subsequence is the longest
+increasing run of positions (patience diff): n log n, where a general diff would take minutes on a large graph.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fxquant.show.units import plural
-
 Line = tuple[str, str]
 """Kind and text: ``+`` added, ``-`` removed, a blank for context; ``@`` with how many unchanged lines were left out."""
+Key = tuple[str, int]
+"""A line and how often it came before, which is 0 in a graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,9 @@ def compare(before: str | Sequence[str], after: str | Sequence[str], *, context:
     return Difference(tuple(_fold(lines, context)), added, removed, len(shared) - len(kept))
 
 
-def _unique(lines: Sequence[str]) -> list[tuple[str, int]]:
-    """Each line with how often it came before, which is 0 in a graph."""
+def _unique(lines: Sequence[str]) -> list[Key]:
     seen: dict[str, int] = {}
-    found = []
+    found: list[Key] = []
     for line in lines:
         found.append((line, seen.get(line, 0)))
         seen[line] = seen.get(line, 0) + 1
@@ -61,7 +60,7 @@ def _increasing(values: list[int]) -> list[int]:
     previous = [-1] * len(values)
     for i, value in enumerate(values):
         at = bisect_left(tails, value)
-        tails[at:at + 1], ends[at:at + 1] = [value], [i]
+        tails[at : at + 1], ends[at : at + 1] = [value], [i]
         previous[i] = ends[at - 1] if at else -1
     chain, i = [], ends[-1] if ends else -1
     while i >= 0:
@@ -70,44 +69,34 @@ def _increasing(values: list[int]) -> list[int]:
     return chain[::-1]
 
 
-def _merge(old: list[tuple[str, int]], new: list[tuple[str, int]], shared: set[tuple[str, int]],
-           kept: list[tuple[str, int]]) -> Iterator[Line]:  # fmt: skip
-    """All lines: between two that stayed, first what was removed, then what was added. Moved ones count as unchanged."""
-    i = 0
-    stays = {*kept}
+def _merge(old: list[Key], new: list[Key], shared: set[Key], kept: list[Key]) -> Iterator[Line]:
+    """All lines: between two that stayed, first what was removed, then what was added. A moved one is no change."""
+    i, stays = 0, {*kept}
     for line in new:
-        if line in stays:
-            while old[i] != line:
-                if old[i] not in shared:
-                    yield "-", old[i][0]
-                i += 1
-            i += 1
-        elif line not in shared:
-            # what was removed before the next line that stayed comes first, so that old and new stand side by side
+        if line not in shared or line in stays:  # all that was removed since the last line that stayed comes first
             while i < len(old) and old[i] not in stays:
                 if old[i] not in shared:
                     yield "-", old[i][0]
                 i += 1
+        i += line in stays
         yield (" " if line in shared else "+"), line[0]
     yield from (("-", line[0]) for line in old[i:] if line not in shared)
 
 
 def _fold(lines: list[Line], context: int) -> Iterator[Line]:
     """Only the changes and their neighbours; each run left out as one ``@`` line."""
-    near = [False] * len(lines)
+    near: set[int] = set()
     for i, (kind, _) in enumerate(lines):
         if kind != " ":
-            near[max(i - context, 0):i + context + 1] = [True] * len(lines[max(i - context, 0):i + context + 1])
-    if not any(near):
-        return
+            near.update(range(i - context, i + context + 1))
     skipped = 0
-    for shown, line in zip(near, lines, strict=True):
-        if not shown:
+    for i, line in enumerate(lines):
+        if i not in near:
             skipped += 1
             continue
         if skipped:
             yield "@", str(skipped)
         skipped = 0
         yield line
-    if skipped:
+    if skipped and near:
         yield "@", str(skipped)

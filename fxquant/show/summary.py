@@ -121,7 +121,8 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values that ``json.dumps`` takes; a figure that is not finite becomes None."""
         found: dict[str, Any] = _plain(asdict(self))
-        return {**found, "bytes_per_weight": self.bytes_per_weight, "seconds": self.seconds, "error": _plain(self.error)}
+        extra = {"bytes_per_weight": self.bytes_per_weight, "seconds": self.seconds, "error": self.error}
+        return found | dict(_plain(extra))
 
     def __str__(self) -> str:
         return "\n".join(_render(self))
@@ -238,8 +239,8 @@ def _layers(program: Program, uses: list[_Use]) -> Iterator[LayerSummary]:
 def _quantized(use: _Use, name: str, tied_to: str | None) -> LayerSummary:
     quant, about = use.quant, info(use.layer)
     return LayerSummary(
-        name, use.layer.name, use.type, about.module, quant.weight, use.shape, quant.spec.format.bits, quant.float_nbytes,
-        quant.nbytes, str(quant.spec), quant.method, quant.error, None, tied_to, about.source,
+        name, use.layer.name, use.type, about.module, quant.weight, use.shape, quant.spec.format.bits,
+        quant.float_nbytes, quant.nbytes, str(quant.spec), quant.method, quant.error, None, tied_to, about.source,
     )  # fmt: skip
 
 
@@ -257,9 +258,10 @@ def _render(s: Summary) -> Iterator[str]:
     quantized = s.quantized
     yield f"model    {size(s.bytes_before)} -> {size(s.bytes_after)} ({ratio(s.bytes_before, s.bytes_after)})"
     if s.bytes_per_weight is not None:
+        change = ratio(s.weight_bytes_before, s.weight_bytes_after)
         yield (
             f"weights  {size(s.weight_bytes_before)} -> {size(s.weight_bytes_after)} "
-            f"({ratio(s.weight_bytes_before, s.weight_bytes_after)}, {s.bytes_per_weight:.4f} bytes a weight with scales)"
+            f"({change}, {s.bytes_per_weight:.4f} bytes a weight with scales)"
         )
     yield f"layers   {len(quantized)} of {len(s.layers)} quantized"
     if s.error is not None:

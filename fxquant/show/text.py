@@ -1,7 +1,7 @@
 """diff and explain: the trace of a program as text.
 
-    diff      what each pass changed in the graph, as unified diffs
-    explain   all that happened to one layer, in pass order, and what became of it
+diff      what each pass changed in the graph, as unified diffs
+explain   all that happened to one layer, in pass order, and what became of it
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CONTEXT = 1
 
 # --- diff ------------------------------------------------------------------------------------------------------------
 def diff(program: Program, a: str | None = None, b: str | None = None) -> str:
-    """Unified diffs of the graph's text: of every pass; of the pass ``a``; or from after pass ``a`` to after pass ``b``.
+    """Unified diffs of the graph's text: of every pass; of the pass ``a``; or from after ``a`` to after ``b``.
 
-    Names are the labels of ``summarize(program).steps``: a pass's name, ``remove_dead#2`` for its second run. Raises
-    ConfigError for an unknown name.
+    Passes go by their labels in ``summarize(program).steps``: a pass's name, ``remove_dead#2`` for its second run. Raises
+    ConfigError for an unknown one.
     """
     steps = labelled(program.trace)
     if b is not None:
@@ -70,20 +70,27 @@ def explain(program: Program, layer: str) -> str:
     ``layer`` is a layer's name, or a glob that lists several when it matches more than one. ConfigError names the
     nearest layers where nothing matches.
     """
-    layers = summarize(program).layers
-    chosen = [q for q in layers if q.name == layer] or [q for q in layers if fnmatch.fnmatchcase(q.name, layer)]
-    if not chosen:
-        raise ConfigError(_unknown(layer, [q.name for q in layers]))
+    chosen = find(program, layer)
     if len({q.name for q in chosen}) > 1:
         return _listing(layer, chosen)
     stories = Stories(program)
     return "\n\n".join(stories.tell(q) for q in chosen)
 
 
+def find(program: Program, layer: str) -> list[LayerSummary]:
+    """The layers of this name, or else those that match it as a glob; ConfigError where there is none."""
+    layers = summarize(program).layers
+    chosen = [q for q in layers if q.name == layer] or [q for q in layers if fnmatch.fnmatchcase(q.name, layer)]
+    if not chosen:
+        raise ConfigError(_unknown(layer, [q.name for q in layers]))
+    return chosen
+
+
 def _unknown(layer: str, names: list[str]) -> str:
     inside = [n for n in names if n.startswith(f"{layer}.")]
     if inside:
-        return f"{layer!r} is not a layer but holds {plural(len(inside), 'layer')}; ask for '{layer}.*', or {inside[0]!r}"
+        held = plural(len(inside), "layer")
+        return f"{layer!r} is not a layer but holds {held}; ask for '{layer}.*', or {inside[0]!r}"
     if not names:
         return f"no layer {layer!r}: this program has no layer with a weight matrix"
     close = near(layer, names) or f", such as {names[0]!r}"
@@ -136,7 +143,7 @@ _STORED = re.compile(r"_(codes|packed|scale|zero_point)$")
 
 
 def _index(text: str) -> dict[str, list[tuple[int, str]]]:
-    """Lines of a graph by ``%node``, ``#module path`` and ``=tensor`` (of which a weight's codes and scales are part)."""
+    """Lines of a graph by ``%node``, ``#module path`` and ``=tensor`` (a weight's codes and scales included)."""
     found: dict[str, list[tuple[int, str]]] = {}
     for item in enumerate(text.splitlines()):
         match = _LINE.fullmatch(item[1])
@@ -163,7 +170,8 @@ def _facts(layer: LayerSummary) -> Iterator[str]:
     rows = [("layer", f"{layer.type}{f' ({layer.module})' if layer.module else ''}, node %{layer.node}")]
     rows.append(("weight", f"{layer.weight} [{', '.join(map(str, layer.shape))}]"))
     if layer.spec is None:
-        rows += [("format", f"float, {layer.bits} bits"), ("size", size(layer.bytes_after)), ("why", layer.reason or "")]
+        rows += [("format", f"float, {layer.bits} bits"), ("size", size(layer.bytes_after))]
+        rows.append(("why", layer.reason or ""))
     else:
         rows += [("format", f"{layer.spec}: {describe_spec(layer.spec)}"), ("method", layer.method or "")]
         change = f"{size(layer.bytes_before)} -> {size(layer.bytes_after)}"
@@ -185,4 +193,5 @@ def describe_spec(text: str) -> str:
     per = {"tensor": "for the whole weight", "channel": "per output channel"}
     where = per.get(str(spec.granularity)) or f"for every {str(spec.granularity)[5:]} weights of a row"
     zero = " and zero point" if spec.has_zero_point else ""
-    return f"{spec.format.bits}-bit {kind}, values up to {spec.format.max:g}, one {dtype_name(spec.scale_dtype)} scale{zero} {where}"
+    scale = f"{dtype_name(spec.scale_dtype)} scale{zero}"
+    return f"{spec.format.bits}-bit {kind}, values up to {spec.format.max:g}, one {scale} {where}"

