@@ -16,7 +16,18 @@ from fxquant import packing
 from fxquant.graph import info, update_info
 from fxquant.program import Pass, Program
 from fxquant.rewrite import (
-    Call, Decline, Log, Match, Rule, Var, apply_rules, aten, attach, detach, fetch, get_attr,
+    Call,
+    Decline,
+    Log,
+    Match,
+    Rule,
+    Var,
+    apply_rules,
+    aten,
+    attach,
+    detach,
+    fetch,
+    get_attr,
 )  # fmt: skip
 from fxquant.scheme import parse_spec
 
@@ -59,8 +70,8 @@ def lower_linear(match: Match) -> fx.Node | Decline:
 def lower_conv2d(match: Match) -> fx.Node | Decline:
     window = [_pair(match[k]) for k in ("stride", "padding", "dilation")]
     return _lowered(
-        match, ops.conv2d_wq.default, match["x"], *_weight(match), match["bias"], match["spec"], match["shape"], *window,
-        match["groups"],
+        match, ops.conv2d_wq.default, match["x"], *_weight(match), match["bias"], match["spec"], match["shape"],
+        *window, match["groups"],
     )  # fmt: skip
 
 
@@ -89,15 +100,19 @@ def _lowered(match: Match, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 
 def read_packed(match: Match) -> fx.Node | Decline:
     """A consumer without a packed operator of its own: it reads the weight decoded."""
-    return match.call(ops.dequantize_packed.default, *_weight(match), match["spec"], match["shape"], **match.node.kwargs)
+    return match.call(
+        ops.dequantize_packed.default, *_weight(match), match["spec"], match["shape"], **match.node.kwargs
+    )
 
 
 _DQ = Call(ops.dequantize.default, Var("packed"), Var("scale"), Var("zp"), Var("spec"), Var("shape"))
 LOWERING = (
-    Rule(Call(aten.linear.default, Var("x"), _DQ, Var("bias")), lower_linear),  # linear(x, dq(w), b) -> linear_wq(x, w, b)
-    Rule(Call(aten.conv2d.default, Var("x"), _DQ, Var("bias"), Var("stride"), Var("padding"), Var("dilation"), Var("groups")),
-         lower_conv2d),  # conv2d(x, dq(w), ...) -> conv2d_wq(x, w, ...)
-    Rule(Call(aten.embedding.default, _DQ, Var("indices")), lower_embedding),  # embedding(dq(w), i) -> embedding_wq(i, w)
+    Rule(Call(aten.linear.default, Var("x"), _DQ, Var("bias")),
+         lower_linear),  # linear(x, dq(w), b) -> linear_wq(x, w, b)
+    Rule(Call(aten.conv2d.default, Var("x"), _DQ, Var("bias"), *map(Var, ("stride", "padding", "dilation", "groups"))),
+         lower_conv2d),  # conv2d(x, dq(w), b, ...) -> conv2d_wq(x, w, b, ...)
+    Rule(Call(aten.embedding.default, _DQ, Var("indices")),
+         lower_embedding),  # embedding(dq(w), i) -> embedding_wq(i, w)
 )  # fmt: skip
 REMAINDER = (Rule(_DQ, read_packed),)  # op(dq(w)) -> op(dequantize_packed(w))
 

@@ -37,6 +37,8 @@ Arg = Any
 """A converter's argument: an ir.Value, a number, None, or a list of these."""
 
 _NUMBER = "fxquant.number"
+UNKNOWN = "?"
+"""A size that has no name, such as the number of true elements of a mask."""
 
 
 class Unsupported(Exception):
@@ -53,6 +55,7 @@ class Builder:
         self.opset = opset
         self.nodes: list[ir.Node] = []
         self.memo: dict[object, ir.Value] = {}
+        self.functions: dict[str, ir.Function] = {}
         self.result: Any = None
         self._scope, self._count = "value", 0
         self._constants: dict[tuple[object, ...], ir.Value] = {}
@@ -96,7 +99,7 @@ class Builder:
         for value in values:
             if (found := dtype if dtype is not None else first.dtype if first is not None else None) is not None:
                 value.type = ir.TensorType(found)
-            value.shape = None if shape is None else ir.Shape(shape)
+            value.shape = None if shape is None else ir.Shape(None if d == UNKNOWN else d for d in shape)
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         given = {name: a for name, a in attributes.items() if a is not None}
@@ -139,8 +142,11 @@ class Builder:
             return dim
         if ("size", dim) not in self.memo:
             one = self.op("Shape", x, start=axis, end=axis + 1, dtype=T.INT64, shape=[1])
-            size = self.op("Squeeze", one, dtype=T.INT64, shape=[])
-            self.memo["size", dim], self.memo["size1", id(size)] = as_number(size), one
+            size = as_number(self.op("Squeeze", one, dtype=T.INT64, shape=[]))
+            self.memo["size1", id(size)], self.memo["keep", id(size)] = one, size
+            if dim == UNKNOWN:
+                return size
+            self.memo["size", dim] = size
         return self.memo["size", dim]
 
     def sizes(self, values: Sequence[Arg]) -> ir.Value:
@@ -191,7 +197,7 @@ def dims(x: ir.Value) -> tuple[Dim, ...]:
     """The shape of a value: numbers and symbolic sizes."""
     if x.shape is None:
         raise Unsupported("an operand has no known rank")
-    return tuple(d if isinstance(d, int) else str(d.value) for d in x.shape)
+    return tuple(d if isinstance(d, int) else d.value or UNKNOWN for d in x.shape)
 
 
 def rank(x: ir.Value) -> int:

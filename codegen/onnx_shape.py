@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from fxquant.codegen.onnx_builder import (
-    FLOATS, Arg, Builder, T, Unsupported, as_number, dims, is_number, rank,
+    FLOATS, UNKNOWN, Arg, Builder, T, Unsupported, as_number, dims, is_number, rank,
 )  # fmt: skip
 from fxquant.codegen.onnx_elementwise import Converter, arithmetic, rows
 from fxquant.dims import Dim
@@ -206,7 +206,7 @@ def _index_tensors(b: Builder, indices: Sequence[ir.Value | None]) -> dict[int, 
         if item is not None and item.dtype == T.BOOL:
             positions = b.op("NonZero", item, dtype=T.INT64)
             for d in range(rank(item)):
-                used[axis + d] = b.op("Gather", positions, b.const(d), axis=0, shape=["nonzero"])
+                used[axis + d] = b.op("Gather", positions, b.const(d), axis=0, shape=[UNKNOWN])
             axis += rank(item)
             continue
         if item is not None:
@@ -222,11 +222,11 @@ def _joint_index(b: Builder, items: list[ir.Value]) -> ir.Value:
     for item in items:
         for d, dim in enumerate(dims(item), start=n - rank(item)):
             if dim != 1:
-                sizes[d] = b.size(item, d - n) if dim != "nonzero" else -1
+                sizes[d] = b.size(item, d - n) if dim != UNKNOWN else -1
     wide = [b.cast(i, T.INT64) for i in items]
     if -1 not in [s for s in sizes if isinstance(s, int)] and any(dims(i) != dims(items[0]) for i in items):
         target = b.sizes(sizes)
-        wide = [b.op("Expand", i, target, dtype=T.INT64, shape=[1] * n) for i in wide]
+        wide = [b.op("Expand", i, target, dtype=T.INT64) for i in wide]
     return b.op("Concat", *(b.op("Unsqueeze", i, b.axes(-1)) for i in wide), axis=-1, dtype=T.INT64)
 
 
@@ -308,8 +308,7 @@ def _pad(b: Builder, x: ir.Value, widths: Sequence[Arg], mode: str, value: Arg) 
 
 # --- new values -------------------------------------------------------------------------------------------------------------
 def _range(b: Builder, start: Arg, end: Arg, step: Arg, *, dtype: ir.DataType) -> ir.Value:
-    shape: list[Dim] = ["range"]
-    return b.op("Range", b.cast(start, dtype), b.cast(end, dtype), b.cast(step, dtype), dtype=dtype, shape=shape)
+    return b.op("Range", b.cast(start, dtype), b.cast(end, dtype), b.cast(step, dtype), dtype=dtype)
 
 
 def arange(b: Builder, *args: Arg, **_: Any) -> ir.Value:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fxquant.errors import FxquantError as FxquantError
     from fxquant.formats import FloatFormat as FloatFormat
     from fxquant.formats import IntFormat as IntFormat
-    from fxquant.formats import parse_format as format
+    from fxquant.formats import parse_format as format  # noqa: F401
     from fxquant.pipeline import compile as compile
     from fxquant.pipeline import load as load
     from fxquant.pipeline import quantize_ as quantize_
@@ -45,7 +45,7 @@ _PUBLIC = {
 }  # public name -> module and name there
 _MODULES = ("errors", "evaluate", "formats", "hf", "ops", "packing", "qtensor", "scheme")
 
-__all__ = sorted((*_PUBLIC, *_MODULES))  # noqa: PLE0605
+__all__ = sorted((*_PUBLIC, *_MODULES))
 
 
 def __getattr__(name: str) -> Any:

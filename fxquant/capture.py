@@ -7,13 +7,15 @@ knows its type, its module's path and the source line it came from.
 
 from __future__ import annotations
 
+import inspect
+import io
+import logging
 import operator
 import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -22,22 +24,24 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
 from fxquant.errors import CaptureError, WeightError
-from fxquant.graph import META, NodeInfo, ScalarType, TensorType, ValueType, info, set_info, update_info
-from fxquant.rewrite import Log, attach, fetch, remove_unused
+from fxquant.graph import META, NodeInfo, ScalarType, TensorType, ValueType, info, set_info
 from fxquant.program import Program, record
+from fxquant.rewrite import Log, attach, remove_unused
 from fxquant.signature import Input, Signature, as_call, structure_of
-from fxquant.symbolic import trace_symbolically
+from fxquant.symbolic import pure_form, trace_symbolically
 
 Inputs = Any
 """A tuple of positional inputs, or a dict of keyword inputs."""
 
 
-def capture(model: nn.Module | ExportedProgram, example_inputs: Inputs = None, *, dynamic_shapes: Any = None) -> Program:
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs = None, *, dynamic_shapes: Any = None
+) -> Program:
     """The program of ``model``, which runs as the model does in eval mode, with no difference in any bit.
 
     ``dynamic_shapes`` is torch.export's; by default the batch dimension of every input, and the sequence dimension of
     integer, boolean and 3-D inputs, may vary where the model allows. An example of size 1 there is repeated to 2, since
-    export would otherwise fix it. Raises CaptureError, naming the module and the source line, or WeightError for
+    export would otherwise fix it. Inputs whose examples have the same batch size share that dimension. Raises CaptureError, naming the module and the source line, or WeightError for
     weights without values.
     """
     begin = time.perf_counter()
@@ -67,17 +71,10 @@ def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: An
     if example_inputs is None:
         raise CaptureError("example_inputs is missing; give a tuple of positional inputs or a dict of keyword inputs")
     args, kwargs = as_call(example_inputs)
-    if dynamic_shapes is None:
-        args, kwargs = enlarge((args, kwargs))
-        shapes = default_dynamic_shapes(model, args, kwargs)
-    else:
-        shapes = dynamic_shapes
+    kwargs = _in_order_of_forward(model, kwargs)
     fixed = {k: v for k, v in kwargs.items() if v is None or isinstance(v, (bool, int, float, str))}
     try:
-        exported = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        if any(_mutates(n) for n in exported.graph.nodes):
-            exported = exported.run_decompositions({})  # functional form; linear and convolution stay whole
-        return _from_export(exported, fixed)
+        return _from_export(_export(model, args, kwargs, dynamic_shapes), fixed, share_batch=dynamic_shapes is None)
     except Exception as export_error:
         try:
             return trace_symbolically(model, args, kwargs)
@@ -85,22 +82,58 @@ def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: An
             raise _capture_error(model, export_error, trace_error) from export_error
 
 
+def _in_order_of_forward(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Keyword inputs in the order of forward's parameters, which is their order in a positional call."""
+    names = list(inspect.signature(model.forward).parameters)
+    return dict(sorted(kwargs.items(), key=lambda item: names.index(item[0]) if item[0] in names else len(names)))
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    """``torch.export``, by default with dynamic sizes on an enlarged example, else on the example as it is."""
+    if dynamic_shapes is not None:
+        return _export_quietly(model, args, kwargs, dynamic_shapes)
+    large_args, large_kwargs = enlarge((args, kwargs))
+    shapes = default_dynamic_shapes(model, large_args, large_kwargs)
+    try:
+        return _export_quietly(model, large_args, large_kwargs, shapes)
+    except Exception:
+        try:
+            return _export_quietly(model, args, kwargs, None)  # a model of fixed sizes
+        except Exception:
+            pass  # the first error says more
+        raise
+
+
+def _export_quietly(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> ExportedProgram:
+    """Export without what torch prints on the way to an error: the graph so far, and hints for its developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            return export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode and no KV cache, restored afterwards: module by module, since a model may mix modes."""
     modes = [(m, m.training) for m in model.modules()]
-    config = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    configs = {key: config for key, config in configs.items() if getattr(config, "use_cache", None)}
     model.eval()
-    if use_cache:
-        config.use_cache = False  # type: ignore[union-attr]
+    for config in configs.values():
+        config.use_cache = False
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
-        if use_cache:
-            config.use_cache = use_cache  # type: ignore[union-attr]
+        for config in configs.values():
+            config.use_cache = True
 
 
 # --- example inputs and dynamic sizes --------------------------------------------------------------------------------
@@ -142,8 +175,6 @@ def default_dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def _merge(model: nn.Module, by_position: list[Any], by_name: dict[str, Any]) -> dict[str, Any]:
-    import inspect
-
     names = list(inspect.signature(model.forward).parameters)
     return {**dict(zip(names, by_position, strict=False)), **by_name}
 
@@ -153,16 +184,46 @@ _NO_EFFECT = (torch.ops.aten._assert_tensor_metadata.default,)
 _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 
-def _from_export(exported: ExportedProgram, fixed: dict[str, Any]) -> Program:
+def _from_export(exported: ExportedProgram, fixed: dict[str, Any], *, share_batch: bool = False) -> Program:
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    if any(_mutates(n) and not _writes_alone(n) for graph in graphs for n in graph.nodes):
+        exported = exported.run_decompositions({})  # functional form; linear and convolution stay whole
     source = exported.module(check_guards=False)
-    symbols = _symbol_names(source.graph)
-    builder = _Builder(source, symbols)
+    assert isinstance(source, fx.GraphModule)
+    builder = _Builder(source, _symbol_names(source.graph, share_batch))
     builder.run()
-    in_names = [Input(n.name, t) for n in builder.inputs if isinstance(t := info(n).type, TensorType)]
+    inputs = tuple(Input(n.name, t) for n in builder.inputs if isinstance(t := info(n).type, TensorType))
     out_spec = source._out_spec
-    fixed = {**{n: v for n, v in builder.fixed.items()}, **fixed}
-    signature = Signature(tuple(in_names), structure_of(out_spec), fixed, out_spec)
+    assert out_spec is not None
+    signature = Signature(inputs, structure_of(out_spec), {**builder.fixed, **fixed}, out_spec)
     return Program(builder.module(), signature)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _writes_alone(node: fx.Node) -> bool:
+    """Whether an in-place call writes to a tensor of its own, so that its pure form does as well: no view of it was
+    taken, it is no input or weight, and no other dtype takes part."""
+    written = node.args[0] if node.args else None
+    source = written
+    while isinstance(source, fx.Node) and source.target is operator.getitem:
+        source = source.args[0]
+    if not isinstance(written, fx.Node) or not isinstance(source, fx.Node) or source.op != "call_function":
+        return False
+    owners = {written, source}
+    views = [n for n in owners if n is not source and _is_view(n)] + [u for n in owners for u in n.users if _is_view(u)]
+    dtypes = {v.dtype for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), Tensor) and v.dim()}
+    own = not _is_view(source) or _mutates(source)
+    return own and not views and len(dtypes) <= 1 and pure_form(node.target) is not None
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node's value shares memory with an argument."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is not operator.getitem
+    return any(r.alias_info is not None for r in node.target._schema.returns) and not _mutates(node)
 
 
 class _Builder:
@@ -175,6 +236,7 @@ class _Builder:
         self.fixed: dict[str, Any] = {}
         self.root = nn.Module()
         self.outputs: list[Any] = []
+        self.newest: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> None:
         self.outputs = self.inline(self.source, None)
@@ -194,7 +256,7 @@ class _Builder:
             elif node.op == "get_attr":
                 env[node] = self.get_attr(gm, node)
             elif node.op == "output":
-                result = fx.map_arg(node.args[0], lambda n: env[n])
+                result = self.read(env, node.args[0])
                 return list(result) if isinstance(result, (tuple, list)) else [result]
             elif node.op == "call_function" and node.target not in _NO_EFFECT:
                 env[node] = self.call(node, env)
@@ -211,19 +273,28 @@ class _Builder:
         return new
 
     def get_attr(self, gm: fx.GraphModule, node: fx.Node) -> Any:
-        value: Any = gm
-        for part in node.target.split("."):
-            value = getattr(value, part)
+        name = str(node.target)
+        value = operator.attrgetter(name)(gm)
         if not isinstance(value, Tensor):
             return value  # a submodule: the body of a higher order operator
-        if not hasattr(self.root, node.target):
-            _place(self.root, node.target, value)
-        new = self.graph.create_node("get_attr", node.target, name=node.name)
-        set_info(new, NodeInfo.of_tensor(value, path=node.target.rpartition(".")[0]))
+        attach(self.root, name, value.detach())  # the model's own memory, so that ties stay ties
+        new = self.graph.create_node("get_attr", name, name=node.name)
+        set_info(new, NodeInfo.of_tensor(value, path=name.rpartition(".")[0]))
         return new
 
+    def read(self, env: dict[fx.Node, Any], value: Any) -> Any:
+        """Arguments of an exported node in the new graph, after what has been written to them in place."""
+
+        def current(node: fx.Node) -> Any:
+            new = env[node]
+            while isinstance(new, fx.Node) and new in self.newest:
+                new = self.newest[new]
+            return new
+
+        return fx.map_arg(value, current)
+
     def call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args, kwargs = fx.map_arg(node.args, lambda n: env[n]), fx.map_arg(node.kwargs, lambda n: env[n])
+        args: Any = self.read(env, node.args)
         if node.target is _GRAD_MODE:
             return self.inline(args[1], list(args[2:]))
         if node.target is operator.getitem and isinstance(args[0], list):
@@ -231,22 +302,21 @@ class _Builder:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             path, _ = _module_of(node)
             raise CaptureError(
-                f"the model uses {node.target.name()!r} in module {path or '(root)'} ({_source_line(node)}), which has "
+                f"the model uses {node.target!s} in module {path or '(root)'} ({_source_line(node)}), which has "
                 f"no flat graph; rewrite that control flow with tensor operators such as torch.where"
             )
-        new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        target: Any = pure_form(node.target) if _mutates(node) else node.target
+        name = node.name.removesuffix("_") if _mutates(node) else node.name
+        new = self.graph.create_node("call_function", target, args, self.read(env, node.kwargs), name=name)
         self.describe(new, node)
+        if _mutates(node):
+            self.newest[args[0]] = new
         return new
 
     def describe(self, new: fx.Node, old: fx.Node) -> None:
         path, module = _module_of(old)
         type_ = value_type(old.meta.get("val"), self.symbols)
         new.meta = {META: NodeInfo(type_, path, module, _source_line(old))}
-
-
-def _place(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put a parameter or buffer where the model has it, without a copy, so that ties stay ties."""
-    attach(root, name, value.detach() if not isinstance(value, nn.Parameter) else value.detach())
 
 
 def value_type(value: Any, symbols: dict[str, str]) -> ValueType | None:
@@ -273,9 +343,14 @@ def _dim(size: Any, symbols: dict[str, str]) -> int | str:
     return re.sub(r"\b[su]\d+\b", lambda m: symbols.get(m[0], m[0]), text)
 
 
-def _symbol_names(graph: fx.Graph) -> dict[str, str]:
-    """Export's symbols (s12) to words: batch, sequence, or input_dimN where that name is taken."""
+def _symbol_names(graph: fx.Graph, share_batch: bool) -> dict[str, str]:
+    """Export's symbols (s12) to words: batch, sequence, or input_dimN where that name is taken.
+
+    With ``share_batch``, first dimensions of the same example size are one dimension, also where export found no
+    operator that needs it.
+    """
     names: dict[str, str] = {}
+    batch: int | None = None
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op != "placeholder" or not isinstance(value, Tensor):
@@ -284,9 +359,13 @@ def _symbol_names(graph: fx.Graph) -> dict[str, str]:
             symbol = str(size)
             if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
                 continue
+            hint = getattr(size.node, "hint", None)
             word = "batch" if d == 0 else "sequence" if d == 1 and d in dynamic_dims(value) else f"{node.name}_dim{d}"
-            if word in names.values():
-                word = f"{node.name}_dim{d}" if d or word not in names.values() else f"{node.name}_{word}"
+            shared = share_batch and d == 0 and hint is not None and hint == batch
+            if word in names.values() and not shared:
+                word = f"{node.name}_dim{d}" if d else f"{node.name}_{word}"
+            elif word == "batch":
+                batch = hint
             names[symbol] = word
     return names
 
@@ -294,9 +373,10 @@ def _symbol_names(graph: fx.Graph) -> dict[str, str]:
 def _module_of(node: fx.Node) -> tuple[str, str]:
     """Path and class name of the module whose forward made this node; ``("", "")`` for the root."""
     stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
+    entries = [v for v in stack.values() if not v[0].startswith("_empty_nn_module_stack")]  # nodes that torch made up
+    if not entries:
         return "", ""
-    path, cls = list(stack.values())[-1]
+    path, cls = entries[-1]
     name = cls if isinstance(cls, str) else cls.__name__
     return re.sub(r"@\d+", "", path), name.rpartition(".")[2]
 
@@ -312,22 +392,20 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else None
 
 
-def _mutates(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
 # --- errors ----------------------------------------------------------------------------------------------------------
 def _capture_error(model: nn.Module, exported: Exception, traced: Exception) -> CaptureError:
     where = _where(model, exported)
-    reason = str(exported).strip().splitlines() or [type(exported).__name__]
-    other = str(traced).strip().splitlines() or [type(traced).__name__]
     return CaptureError(
-        f"cannot capture {type(model).__name__}{where}: {type(exported).__name__}: {' '.join(reason[:3])[:400]}\n"
-        f"torch.fx.symbolic_trace could not either: {type(traced).__name__}: {other[0][:200]}\n"
-        f"What to do: replace data-dependent Python control flow at that line by tensor operators (torch.where, masks), "
-        f"move it out of forward, or compile the part of the model that has none."
+        f"cannot capture {type(model).__name__}{where}: {type(exported).__name__}: {_summary(exported, 400)}\n"
+        f"torch.fx.symbolic_trace could not either: {type(traced).__name__}: {_summary(traced, 200)}\n"
+        f"What to do: replace data-dependent Python control flow at that line by tensor operators (torch.where, "
+        f"masks), move it out of forward, or compile the part of the model that has none."
     )
+
+
+def _summary(error: Exception, length: int) -> str:
+    """The first paragraph of an error's text."""
+    return " ".join(str(error).strip().partition("\n\n")[0].split())[:length]
 
 
 def _where(model: nn.Module, error: Exception) -> str:
@@ -335,9 +413,9 @@ def _where(model: nn.Module, error: Exception) -> str:
     names = {id(m): n for n, m in model.named_modules()}
     found, frame = "", error.__traceback__
     while frame is not None:
-        owner = frame.tb_frame.f_locals.get("self")
         code = frame.tb_frame.f_code
-        if isinstance(owner, nn.Module) and id(owner) in names and "/torch/nn/" not in code.co_filename:
+        owner = frame.tb_frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and id(owner) in names and "/torch/" not in code.co_filename:
             path = names[id(owner)] or "(root)"
             found = f" in module {path!r} ({type(owner).__name__}) at {code.co_filename}:{frame.tb_lineno}"
         frame = frame.tb_next

@@ -32,7 +32,7 @@ class CompiledModel:
             return self.program(*args, **kwargs)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write the folder ``directory``: graph.json and model.safetensors with the packed weights. Raises SaveError."""
+        """Write the folder ``directory``: graph.json, and model.safetensors with packed weights. Raises SaveError."""
         store.save(self.program, directory, config=self.config.to_dict(), overwrite=overwrite)
 
     def export_onnx(self, path: str | Path, *, opset: int = 21, progress: Progress = quiet) -> None:
@@ -46,7 +46,7 @@ class CompiledModel:
         html.report(self.program, path, title="fxquant report", config=self.config.to_dict())
 
     def summary(self) -> summary.Summary:
-        """Bytes before and after, layers with format and error, declines, passes. Printable, and JSON by ``to_dict``."""
+        """Bytes before and after, layers with format and error, declines, passes; ``to_dict`` gives JSON."""
         return summary.summarize(self.program)
 
     def diff(self, a: str | None = None, b: str | None = None) -> str:

@@ -1,17 +1,17 @@
 """Configs: which layers become what, as data. A recipe's name, a dict, a YAML, TOML or JSON file, or a ``Config``.
 
-    rules:                                   # ordered, the first match wins; * crosses dots
-      - {match: "*.down_proj", weight: "e3m2/channel"}
-      - {match: "lm_head", keep: true}
-      - {match: "*", weight: {format: e2m1, granularity: group64, scale: fp32}}
-    passes: []                               # methods to run after the weights are quantized, in order
+rules:                                   # ordered, the first match wins; * crosses dots
+  - {match: "*.down_proj", weight: "e3m2/channel"}
+  - {match: "lm_head", keep: true}
+  - {match: "*", weight: {format: e2m1, granularity: group64, scale: fp32}}
+passes: []                               # methods to run after the weights are quantized, in order
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fxquant.errors import ConfigError, FormatError, near
-from fxquant.scheme import LayerRule, QuantSpec, parse_granularity, parse_spec
 from fxquant.formats import parse_format
+from fxquant.scheme import LayerRule, QuantSpec, parse_granularity, parse_spec
 
 
 class _Strict(BaseModel):
@@ -42,7 +42,9 @@ class WeightConfig(_Strict):
 class RuleConfig(_Strict):
     """One rule: a glob over layer paths and what the layers it matches become."""
 
-    match: str = Field(min_length=1, description="glob over layer paths; * crosses dots; the first rule that matches wins")
+    match: str = Field(
+        min_length=1, description="glob over layer paths; * crosses dots; the first rule that matches wins"
+    )
     weight: str | WeightConfig | None = Field(None, description="format/granularity[:scale], such as e3m2/channel")
     activation: str | None = Field(None, description="must be left out: this version quantizes weights only")
     keep: bool = Field(False, description="leave the layers in float")
@@ -135,7 +137,9 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         _weights("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))"),
-        _weights("W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6"),
+        _weights(
+            "W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6"
+        ),
         _weights("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest"),
         _weights("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
         _weights("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
@@ -144,7 +148,12 @@ RECIPES: dict[str, Recipe] = {
 }
 """Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""
 
-_LOADERS = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads, ".toml": tomllib.loads}
+_LOADERS: dict[str, Callable[[str], Any]] = {
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".json": json.loads,
+    ".toml": tomllib.loads,
+}
 
 ConfigLike = str | Path | Mapping[str, Any] | Config
 
@@ -166,8 +175,8 @@ def load_config(config: ConfigLike) -> Config:
     if path.suffix.lower() in _LOADERS:
         return _from_file(path)
     raise ConfigError(
-        f"unknown recipe {str(config)!r}{near(str(config).upper(), RECIPES)}; expected one of {', '.join(RECIPES)}, or a "
-        f"path that ends in {', '.join(_LOADERS)}"
+        f"unknown recipe {str(config)!r}{near(str(config).upper(), RECIPES)}; expected one of {', '.join(RECIPES)}, "
+        f"or a path that ends in {', '.join(_LOADERS)}"
     )
 
 

@@ -8,11 +8,12 @@
     dtype, device, layout, memory_format    {"dtype": "float32"}
     slice, complex                          {"slice": [start, stop, step]}, {"complex": [real, imaginary]}
 
-Every ``decode_*`` function checks what it reads and raises Malformed for anything else.
+Every ``decode_*`` function checks what it reads and raises MalformedError for anything else.
 """
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ Json = Any
 """What json.loads returns: None, bool, int, float, str, list or dict."""
 
 
-class Malformed(ValueError):
+class MalformedError(ValueError):
     """What is wrong with a document, or with a program to be written as one; save and load make it their own error."""
 
 
@@ -61,49 +62,56 @@ MAX_DEPTH, MAX_TEXT, MAX_TRACE = 16, 4096, 1 << 28
 def fields(value: Json, where: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Json]:
     """``value`` if it is an object with these keys and no others."""
     if not isinstance(value, dict):
-        raise Malformed(f"{where} is {_kind(value)}; expected an object with {', '.join(required)}")
+        raise MalformedError(f"{where} is {_kind(value)}; expected an object with {', '.join(required)}")
     if missing := [k for k in required if k not in value]:
-        raise Malformed(f"{where} has no {missing[0]!r}")
+        raise MalformedError(f"{where} has no {missing[0]!r}")
     if unknown := [k for k in value if k not in required and k not in optional]:
-        raise Malformed(f"{where} has an unknown key {unknown[0][:60]!r}; known are {', '.join((*required, *optional))}")
+        raise MalformedError(
+            f"{where} has an unknown key {unknown[0][:60]!r}; known are {', '.join((*required, *optional))}"
+        )
     return value
 
 
 def items(value: Json, where: str) -> list[Json]:
     if not isinstance(value, list):
-        raise Malformed(f"{where} is {_kind(value)}; expected a list")
+        raise MalformedError(f"{where} is {_kind(value)}; expected a list")
     return value
 
 
 def text(value: Json, where: str, limit: int = MAX_TEXT) -> str:
     if not isinstance(value, str) or len(value) > limit:
-        raise Malformed(f"{where} is {_kind(value)}; expected a text of at most {limit} characters")
+        raise MalformedError(f"{where} is {_kind(value)}; expected a text of at most {limit} characters")
     return value
 
 
 def whole(value: Json, where: str, low: int = -(2**63), high: int = 2**63 - 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise Malformed(f"{where} is {_kind(value)}; expected a whole number from {low} to {high}")
+        raise MalformedError(f"{where} is {_kind(value)}; expected a whole number from {low} to {high}")
     return value
 
 
 def name(value: Json, where: str) -> str:
     """A node's name: a plain identifier, since it becomes a variable of the generated code."""
-    if not isinstance(value, str) or not _NAME.fullmatch(value) or _dunder(value):
-        raise Malformed(f"{where} has the name {_kind(value)}; expected a plain identifier of at most 256 characters")
+    if not isinstance(value, str) or not _NAME.fullmatch(value) or _reserved(value):
+        raise MalformedError(
+            f"{where} has the name {_kind(value)}; expected a plain identifier of at most 256 characters"
+        )
     return value
 
 
 def path(value: Json, where: str) -> str:
     """A tensor's name: parts of letters, digits, ``_`` and ``-`` with dots between them."""
     parts = value.split(".") if isinstance(value, str) and len(value) <= MAX_TEXT else []
-    if not parts or not all(_PATH_PART.fullmatch(p) and not _dunder(p) for p in parts):
-        raise Malformed(f"{where} has the tensor name {_kind(value)}; expected parts of letters, digits, _ or - with dots")
+    if not parts or not all(_PATH_PART.fullmatch(p) and not _reserved(p) for p in parts):
+        raise MalformedError(
+            f"{where} has the tensor name {_kind(value)}; expected parts of letters, digits, _ or - with dots"
+        )
     return str(value)
 
 
-def _dunder(part: str) -> bool:
-    return part.startswith("__") and part.endswith("__")
+def _reserved(part: str) -> bool:
+    """Words of Python, and names such as ``__class__``."""
+    return keyword.iskeyword(part) or (part.startswith("__") and part.endswith("__"))
 
 
 def _kind(value: Json) -> str:
@@ -114,9 +122,9 @@ def _kind(value: Json) -> str:
 
 # --- values ----------------------------------------------------------------------------------------------------------
 def encode_value(value: Any, depth: int = 0) -> Json:
-    """An argument of a node as JSON; Malformed for a type that has no spelling here."""
+    """An argument of a node as JSON; MalformedError for a type that has no spelling here."""
     if depth > MAX_DEPTH:
-        raise Malformed(f"an argument is nested deeper than {MAX_DEPTH}")
+        raise MalformedError(f"an argument is nested deeper than {MAX_DEPTH}")
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -133,7 +141,7 @@ def encode_value(value: Any, depth: int = 0) -> Json:
     for type_, key in _PLAIN_TYPES.items():
         if isinstance(value, type_):
             return {key: str(value).removeprefix("torch.")}
-    raise Malformed(f"an argument is a {type(value).__name__}, which a saved graph cannot hold")
+    raise MalformedError(f"an argument is a {type(value).__name__}, which a saved graph cannot hold")
 
 
 _PLAIN_TYPES = {
@@ -147,9 +155,11 @@ _PLAIN_TYPES = {
 def decode_value(value: Json, nodes: Mapping[str, fx.Node], depth: int = 0) -> Any:
     """The inverse of ``encode_value``; ``nodes`` are the nodes that may be named."""
     if depth > MAX_DEPTH:
-        raise Malformed(f"an argument is nested deeper than {MAX_DEPTH}")
-    if value is None or isinstance(value, (bool, float)):
+        raise MalformedError(f"an argument is nested deeper than {MAX_DEPTH}")
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, float):
+        return decode_number(value, "an argument")
     if isinstance(value, str):
         return text(value, "an argument")
     if isinstance(value, int):
@@ -157,11 +167,11 @@ def decode_value(value: Json, nodes: Mapping[str, fx.Node], depth: int = 0) -> A
     if isinstance(value, list):
         return [decode_value(v, nodes, depth + 1) for v in value]
     if len(value) != 1:
-        raise Malformed(f"an argument is {_kind(value)}; expected one key")
+        raise MalformedError(f"an argument is {_kind(value)}; expected one key")
     ((key, inner),) = value.items()
     if key == "node":
         if not isinstance(inner, str) or inner not in nodes:
-            raise Malformed(f"an argument is the node {_kind(inner)}, which does not come earlier in the graph")
+            raise MalformedError(f"an argument is the node {_kind(inner)}, which does not come earlier in the graph")
         return nodes[inner]
     if key in _PARTS:
         parts = [decode_value(v, nodes, depth + 1) for v in items(inner, f"an argument of kind {key!r}")]
@@ -174,9 +184,9 @@ _PARTS: dict[str, Callable[..., Any]] = {"tuple": lambda *v: v, "slice": slice, 
 
 def _of_parts(key: str, parts: list[Any]) -> Any:
     if key == "slice" and len(parts) != 3:
-        raise Malformed(f"a slice has {len(parts)} parts; expected 3")
-    if key == "complex" and (len(parts) != 2 or not all(isinstance(p, float) for p in parts)):
-        raise Malformed("a complex number is not two floats")
+        raise MalformedError(f"a slice has {len(parts)} parts; expected 3")
+    if key == "complex" and (len(parts) != 2 or not all(isinstance(p, float) and math.isfinite(p) for p in parts)):
+        raise MalformedError("a complex number is not two finite floats")
     return _PARTS[key](*parts)
 
 
@@ -190,19 +200,20 @@ def decode_plain(key: str, value: Json) -> Any:
     if isinstance(value, str) and value in tables.get(key, {}):
         return tables[key][value]
     if key in tables:
-        raise Malformed(f"unknown {key} {_kind(value)}; expected one of {', '.join(tables[key])}")
-    raise Malformed(f"an argument is of unknown kind {key[:60]!r} with value {_kind(value)}")
+        raise MalformedError(f"unknown {key} {_kind(value)}; expected one of {', '.join(tables[key])}")
+    raise MalformedError(f"an argument is of unknown kind {key[:60]!r} with value {_kind(value)}")
 
 
 def decode_number(value: Json, where: str) -> float:
+    """A float, written as JSON writes it where it is finite."""
     if isinstance(value, dict):
-        value = decode_plain("float", fields(value, where, ["float"])["float"])
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or (isinstance(value, int) and abs(value) >> 53):
-        raise Malformed(f"{where} is {_kind(value)}; expected a number")
-    return float(value)
+        return float(decode_plain("float", fields(value, where, ["float"])["float"]))
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise MalformedError(f"{where} is {_kind(value)}; expected a number")
+    return value
 
 
-# --- types and quantization of nodes -----------------------------------------------------------------------------------
+# --- types and quantization of nodes ---------------------------------------------------------------------------------
 def encode_type(value: ValueType | None) -> Json:
     """``{"dtype", "shape"}`` for a tensor, ``{"kind", "value"}`` for a number, a list for several values."""
     if isinstance(value, TensorType):
@@ -214,7 +225,7 @@ def encode_type(value: ValueType | None) -> Json:
 
 def decode_type(value: Json, where: str, depth: int = 0) -> ValueType | None:
     if depth > MAX_DEPTH:
-        raise Malformed(f"the type of {where} is nested deeper than {MAX_DEPTH}")
+        raise MalformedError(f"the type of {where} is nested deeper than {MAX_DEPTH}")
     if value is None:
         return None
     if isinstance(value, list):
@@ -222,7 +233,7 @@ def decode_type(value: Json, where: str, depth: int = 0) -> ValueType | None:
     if isinstance(value, dict) and "kind" in value:
         value = fields(value, f"the type of {where}", ["kind", "value"])
         if value["kind"] not in ("int", "float", "bool"):
-            raise Malformed(f"the type of {where} is {_kind(value['kind'])}; expected int, float or bool")
+            raise MalformedError(f"the type of {where} is {_kind(value['kind'])}; expected int, float or bool")
         size = value["value"]
         return ScalarType(value["kind"], None if size is None else decode_dim(size, where, low=-(2**63)))
     return decode_tensor_type(value, where)
@@ -232,7 +243,7 @@ def decode_tensor_type(value: Json, where: str) -> TensorType:
     found = fields(value, f"the type of {where}", ["dtype", "shape"])
     shape = items(found["shape"], f"the shape of {where}")
     if len(shape) > 64:
-        raise Malformed(f"{where} has {len(shape)} dimensions; at most 64 are allowed")
+        raise MalformedError(f"{where} has {len(shape)} dimensions; at most 64 are allowed")
     return TensorType(decode_plain("dtype", found["dtype"]), tuple(decode_dim(d, where) for d in shape))
 
 
@@ -243,7 +254,7 @@ def decode_dim(value: Json, where: str, low: int = 0) -> dims.Dim:
     try:
         dims.names(value)
     except ValueError as error:
-        raise Malformed(f"a size of {where} is {_kind(value)}: {str(error)[:200]}") from None
+        raise MalformedError(f"a size of {where} is {_kind(value)}: {str(error)[:200]}") from None
     return value
 
 
@@ -288,10 +299,10 @@ def decode_spec(value: Json, where: str) -> QuantSpec:
     try:
         return parse_spec(text(value, f"the spec of {where}", 64))
     except FormatError as error:
-        raise Malformed(f"{where}: {error}") from None
+        raise MalformedError(f"{where}: {error}") from None
 
 
-# --- signature and trace -----------------------------------------------------------------------------------------------
+# --- signature and trace ---------------------------------------------------------------------------------------------
 def encode_signature(signature: Signature) -> Json:
     return {
         "inputs": [{"name": i.name, "type": encode_type(i.type)} for i in signature.inputs],
@@ -313,14 +324,14 @@ def decode_signature(value: Json, outputs: int) -> Signature:
     for key, item in found["fixed"].items() if isinstance(found["fixed"], dict) else [("", [])]:
         fixed[text(key, "the name of a fixed input")] = plain = decode_value(item, {})
         if not (plain is None or isinstance(plain, (bool, int, float, str))):
-            raise Malformed("the fixed inputs of the signature are not names of plain values")
+            raise MalformedError("the fixed inputs of the signature are not names of plain values")
     return Signature(tuple(inputs), found["output"], fixed)
 
 
 def check_structure(value: Json, outputs: int, depth: int = 0) -> None:
-    """Raise Malformed unless ``value`` is an output's structure whose indices are below ``outputs``."""
+    """Raise MalformedError unless ``value`` is an output's structure whose indices are below ``outputs``."""
     if depth > MAX_DEPTH:
-        raise Malformed(f"the structure of the output is nested deeper than {MAX_DEPTH}")
+        raise MalformedError(f"the structure of the output is nested deeper than {MAX_DEPTH}")
     if value is None:
         return
     if not isinstance(value, dict):
@@ -328,11 +339,13 @@ def check_structure(value: Json, outputs: int, depth: int = 0) -> None:
         return
     found = fields(value, "the structure of the output", ["kind", "items"], ["keys"])
     if found["kind"] not in ("dict", "list", "tuple") or (found["kind"] == "dict") != ("keys" in found):
-        raise Malformed(f"the structure of the output has kind {_kind(found['kind'])}; expected dict with keys, list or tuple")
+        raise MalformedError(
+            f"the structure of the output has kind {_kind(found['kind'])}; expected dict with keys, list or tuple"
+        )
     inner = items(found["items"], "the structure of the output")
     keys = [text(k, "a key of the output") for k in items(found.get("keys", []), "the keys of the output")]
     if "keys" in found and (len(keys) != len(inner) or len(set(keys)) != len(keys)):
-        raise Malformed(f"a dict of the output has {len(keys)} keys for {len(inner)} values, or a key twice")
+        raise MalformedError(f"a dict of the output has {len(keys)} keys for {len(inner)} values, or a key twice")
     for item in inner:
         check_structure(item, outputs, depth + 1)
 
@@ -342,7 +355,7 @@ def encode_trace(trace: Sequence[Step]) -> Json:
     lines: dict[str, int] = {}
     steps = [
         {
-            "name": step.name, "seconds": step.seconds,
+            "name": step.name, "seconds": encode_value(float(step.seconds)),
             "error": None if step.error is None else encode_value(float(step.error)),
             "rewrites": [[r.rule, r.node, r.layer, r.detail] for r in step.rewrites],
             "declines": [[d.rule, d.node, d.layer, d.reason] for d in step.declines],
@@ -360,10 +373,11 @@ def decode_trace(value: Json) -> list[Step]:
     for item in items(found["steps"], "the steps of the trace"):
         item = fields(item, "a step", ["name", "seconds", "error", "rewrites", "declines", "text"])
         where = f"step {text(item['name'], 'the name of a step', 256)!r}"
-        shown = [lines[whole(i, f"a line of {where}", 0, len(lines) - 1)] for i in items(item["text"], f"text of {where}")]
+        numbers = items(item["text"], f"the text of {where}")
+        shown = [lines[whole(i, f"a line of {where}", 0, len(lines) - 1)] for i in numbers]
         total += sum(map(len, shown)) + len(shown)
         if total > MAX_TRACE:
-            raise Malformed(f"the trace has more than {MAX_TRACE} characters")
+            raise MalformedError(f"the trace has more than {MAX_TRACE} characters")
         steps.append(Step(
             name=item["name"],
             rewrites=tuple(Rewrite(*row) for row in _rows(item["rewrites"], where)),
@@ -378,5 +392,5 @@ def decode_trace(value: Json) -> list[Step]:
 def _rows(value: Json, where: str) -> list[list[str]]:
     rows = items(value, f"the log of {where}")
     if not all(isinstance(row, list) and len(row) == 4 and all(isinstance(t, str) for t in row) for row in rows):
-        raise Malformed(f"a row of the log of {where} is not four texts")
+        raise MalformedError(f"a row of the log of {where} is not four texts")
     return rows

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from fxquant.errors import InputError, ModelError
 from fxquant.program import Progress, quiet
@@ -95,7 +94,9 @@ def perplexity(model: Callable[..., Any], windows: Tensor, *, progress: Progress
             logits = logits_of(model, window)
             for start in range(0, len(window) - 1, _CHUNK):
                 part = logits[start : min(start + _CHUNK, len(window) - 1)].float()
-                nll += float(F.cross_entropy(part, window[start + 1 : start + 1 + len(part)], reduction="sum"))
+                nll += float(
+                    nn.functional.cross_entropy(part, window[start + 1 : start + 1 + len(part)], reduction="sum")
+                )
             tokens += len(window) - 1
     progress("perplexity", len(windows), len(windows))
     return Perplexity(_exp(nll / tokens), nll, tokens)
@@ -110,11 +111,12 @@ def logit_agreement(
     with _without_cache(model_a), _without_cache(model_b), torch.inference_mode():
         for i, window in enumerate(windows):
             progress("logit agreement", i, len(windows))
-            pair = zip(logits_of(model_a, window).split(_CHUNK), logits_of(model_b, window).split(_CHUNK), strict=True)
-            for a, b in pair:
+            logits_a, logits_b = logits_of(model_a, window), logits_of(model_b, window)
+            for start in range(0, len(window), _CHUNK):
+                a, b = logits_a[start : start + _CHUNK], logits_b[start : start + _CHUNK]
                 same += int((a.argmax(-1) == b.argmax(-1)).sum())
-                log_a, log_b = F.log_softmax(a.float(), -1), F.log_softmax(b.float(), -1)
-                kl += float(F.kl_div(log_b, log_a, reduction="sum", log_target=True))
+                log_a, log_b = torch.log_softmax(a.float(), -1), torch.log_softmax(b.float(), -1)
+                kl += float(nn.functional.kl_div(log_b, log_a, reduction="sum", log_target=True))
             tokens += len(window)
     progress("logit agreement", len(windows), len(windows))
     return Agreement(same / tokens, kl / tokens, tokens)

@@ -15,6 +15,7 @@ serves every format. Formats are frozen values; their tables are derived from th
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -33,8 +34,8 @@ class FloatFormat:
     """A signed ExMy grid of at most 8 bits.
 
     ``specials`` says which codes are not numbers: ``none`` (every code is finite: OCP FP4 and FP6), ``fn`` (only
-    the all-ones magnitude is NaN: OCP E4M3), ``fnuz`` (only the code of -0 is NaN), ``ieee`` (the top exponent holds Inf
-    and NaN: OCP E5M2).
+    the all-ones magnitude is NaN: OCP E4M3), ``fnuz`` (only the code of -0 is NaN), ``ieee`` (the top exponent holds
+    Inf and NaN: OCP E5M2).
     """
 
     ebits: int
@@ -69,7 +70,7 @@ class FloatFormat:
 
     @property
     def min_normal(self) -> float:
-        return 2.0 ** (1 - self.bias)
+        return float(2.0 ** (1 - self.bias))
 
     @property
     def smallest(self) -> float:
@@ -84,8 +85,9 @@ class FloatFormat:
             return float("nan")
         if self.specials == "ieee" and e == 2**self.ebits - 1:
             return float("nan") if m else float("inf")
-        fraction = m / 2**self.mbits
-        return fraction * 2.0 ** (1 - self.bias) if e == 0 else (1 + fraction) * 2.0 ** (e - self.bias)
+        if e == 0:
+            return math.ldexp(m, 1 - self.bias - self.mbits)
+        return math.ldexp(2**self.mbits + m, e - self.bias - self.mbits)
 
     def _finite_magnitudes(self) -> list[float]:
         """Values of the codes 0, 1, ... without sign, up to the largest finite one (they are increasing)."""
@@ -110,7 +112,9 @@ class FloatFormat:
         NaN becomes the format's NaN code where it has one, else its largest value with the sign of the NaN.
         """
         x = exact_float(x)
-        magnitude = torch.bucketize(x.abs().contiguous(), _boundaries(self, x.dtype, x.device), out_int32=True).to(torch.uint8)
+        magnitude = torch.bucketize(x.abs().contiguous(), _boundaries(self, x.dtype, x.device), out_int32=True).to(
+            torch.uint8
+        )
         code = magnitude | (torch.signbit(x).to(torch.uint8) << (self.bits - 1))  # s | eeemm
         if self.specials == "fnuz":
             code = torch.where(magnitude == 0, torch.zeros_like(code), code)  # 0x80 is NaN here, there is no -0
@@ -130,7 +134,7 @@ class FloatFormat:
 
 @dataclass(frozen=True, slots=True)
 class IntFormat:
-    """INT2..INT8: signed and symmetric (codes -max..max in two's complement) or unsigned (0..2^bits - 1, zero point)."""
+    """INT2..INT8: signed and symmetric (-max..max in two's complement) or unsigned (0..2^bits - 1, zero point)."""
 
     bits: int
     signed: bool = True
@@ -167,7 +171,8 @@ class IntFormat:
         """Codes (uint8) of the nearest integers of ``x``, ties to even, saturating; NaN becomes 0."""
         low = -self.max if self.signed else 0.0
         q = torch.round(exact_float(x)).clamp(low, self.max).nan_to_num(0.0)
-        return q.to(torch.int32).to(torch.uint8) & (2**self.bits - 1)  # two's complement: -1 -> 0b1111
+        codes: Tensor = q.to(torch.int32).to(torch.uint8) & (2**self.bits - 1)  # two's complement: -1 -> 0b1111
+        return codes
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values of uint8 ``codes``, in ``dtype``."""
@@ -235,7 +240,7 @@ _INT = re.compile(r"(u?)int(\d+)")
 
 @cache
 def parse_format(name: str) -> Format:
-    """The format called ``name``: ``e3m2``, ``e4m3fnuz``, ``e2m1b3``, ``int4``, ``uint4`` or an alias such as ``fp6``."""
+    """The format called ``name``: ``e3m2``, ``e4m3fnuz``, ``e2m1b3``, ``int4``, ``uint4`` or an alias (``fp6``)."""
     text = NAMED.get(name.strip().lower(), name.strip().lower())
     if match := _FLOAT.fullmatch(text):
         ebits, mbits = int(match[1]), int(match[2])
@@ -243,9 +248,8 @@ def parse_format(name: str) -> Format:
             specials = _specials(match[3]) or default_specials(ebits, mbits)
             bias = default_bias(ebits, specials) if match[4] is None else int(match[4])
             return FloatFormat(ebits, mbits, bias, specials)
-    elif match := _INT.fullmatch(text):
-        if 2 <= int(match[2]) <= 8:
-            return IntFormat(int(match[2]), signed=not match[1])
+    elif (match := _INT.fullmatch(text)) and 2 <= int(match[2]) <= 8:
+        return IntFormat(int(match[2]), signed=not match[1])
     raise FormatError(
         f"unknown format {name!r}{near(text, [*NAMED, *COMMON])}; expected e<E>m<M>[none|fn|fnuz|ieee][b<bias>] with "
         f"E >= 1 and at most 8 bits, int<2..8>, uint<2..8>, or one of {', '.join(sorted(NAMED))}"

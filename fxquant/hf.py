@@ -116,8 +116,8 @@ def _check_file(path: Path) -> None:
         return
     if suffix == ".pt2":
         raise ModelError(
-            f"{path} is a saved ExportedProgram, whose loader runs code from the file; load it yourself where you trust "
-            f"it and give the object: fxquant.compile(torch.export.load({path.name!r}), config=...)"
+            f"{path} is a saved ExportedProgram, whose loader may run code from the file; load it yourself where you "
+            f"trust it and give the object: fxquant.compile(torch.export.load({path.name!r}), config=...)"
         )
     if suffix in _PICKLES:
         raise ModelError(f"{path} is a pickle, which may run code when read, and is refused; {_TO_SAFETENSORS}")
@@ -167,8 +167,11 @@ def _model_class(hf: ModuleType, path: Path, config: dict[str, Any]) -> Any:
     if "auto_map" in config:
         raise ModelError(f"{path} needs Python code of its own ({names[0]}), which fxquant never runs; "
                          f"load the model yourself and give the module to fxquant.compile")  # fmt: skip
-    raise ModelError(f"{path} is a {names[0]}, which transformers {hf.__version__} does not have; upgrade transformers, "
+    raise ModelError(f"{path} is a {names[0]}, which transformers {hf.__version__} does not have; upgrade it, "
                      f"or load the model yourself and give the module to fxquant.compile")  # fmt: skip
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
 
 
 def _tokenizer(hf: ModuleType, path: Path) -> Any | None:
@@ -178,7 +181,7 @@ def _tokenizer(hf: ModuleType, path: Path) -> Any | None:
     if path.is_file():  # AutoTokenizer would read the vocabulary a second time, for a config that is known by now
         folder, cls = path.parent, hf.PreTrainedTokenizerFast
         options["gguf_file"] = path.name
-    elif not any((path / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")):
+    elif not any((path / name).exists() for name in _TOKENIZER_FILES):
         return None
     else:
         options["trust_remote_code"] = False

@@ -110,7 +110,7 @@ def _batched_layer(gm: fx.GraphModule, source: fx.Node) -> Layer | None:
 
 
 def _reaches_product(node: fx.Node, swapped: bool) -> tuple[fx.Node | None, bool]:
-    """The batched product that uses ``node`` as its right operand, and whether its last two dims were swapped before."""
+    """The batched product whose right operand is ``node``, and whether its last two dims were swapped before."""
     for user in node.users:
         if user.target in _PRODUCTS and len(user.args) > 1 and user.args[1] is node:
             return user, swapped

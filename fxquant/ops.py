@@ -11,8 +11,9 @@ tested against this one. Ops on packed codes never see a float weight::
     embedding_wq(indices, packed, scale, zp, spec, shape)   rows of W, only those that are asked for
 
 ``spec`` is a QuantSpec's text, ``shape`` the logical shape of the weight, ``zp`` a zero point or None. W is decoded in
-float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one. Gradients flow to x and bias (codes have none); ``quantize`` followed by
-``dequantize`` has no gradient, ``fake_quantize`` is the straight-through form of the pair.
+float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one. Gradients flow to x
+and bias (codes have none); ``quantize`` followed by ``dequantize`` has no gradient, ``fake_quantize`` is the
+straight-through form of the pair.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ NAMESPACE = "fxquant"
 DType = torch.dtype | None
 
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero_point"
+_DECODED = "str spec, int[] shape, *, ScalarType? dtype=None"
 SCHEMAS = (
     "quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec) -> Tensor",
-    "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str spec, int[] shape, *, ScalarType? dtype=None) -> Tensor",
+    f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point, {_DECODED}) -> Tensor",
     "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec) -> Tensor",
-    f"dequantize_packed({_WEIGHT}, str spec, int[] shape, *, ScalarType? dtype=None) -> Tensor",
+    f"dequantize_packed({_WEIGHT}, {_DECODED}) -> Tensor",
     f"linear_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape) -> Tensor",
     f"conv2d_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, int[] stride, int[] padding, int[] dilation, "
     "int groups) -> Tensor",
@@ -209,7 +211,7 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, packed, scale, zero_point, bias, spec, shape = ctx.inputs
+    _, packed, scale, zero_point, bias, spec, shape = ctx.inputs
     weight = torch.ops.fxquant.dequantize_packed(packed, scale, zero_point, spec, shape).to(grad.dtype)
     grad_bias = grad.reshape(-1, shape[0]).sum(0) if bias is not None and ctx.needs_input_grad[4] else None
     return grad @ weight, None, None, None, grad_bias, None, None
@@ -218,7 +220,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, packed, scale, zero_point, bias, spec, shape, stride, padding, dilation, groups = ctx.inputs
     weight = torch.ops.fxquant.dequantize_packed(packed, scale, zero_point, spec, shape).to(grad.dtype)
-    grad_x = torch.nn.grad.conv2d_input(x.shape, weight, grad, stride, padding, dilation, groups)
+    grad_x = torch.nn.grad.conv2d_input(  # type: ignore[attr-defined]
+        x.shape, weight, grad, stride, padding, dilation, groups
+    )
     grad_bias = grad.sum((0, 2, 3)) if bias is not None and ctx.needs_input_grad[4] else None
     return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
 

@@ -67,7 +67,8 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
             f"unpack of {cols} {bits}-bit codes takes uint8 [rows, {sum(sizes)}], "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
-    codes, low = None, 0
+    codes: Tensor | None = None
+    low = 0
     for width, plane in zip(widths, packed.split(sizes, dim=1), strict=True):
         part = _unpack_plane(plane, width, cols)
         codes = part if codes is None else codes | (part << low)
@@ -84,7 +85,7 @@ def _pack_plane(codes: Tensor, width: int) -> Tensor:
     if pad := -cols % per_byte:
         low = torch.nn.functional.pad(low, (0, pad))
     parts = low.reshape(rows, (cols + pad) // per_byte, per_byte).unbind(dim=2)
-    byte = parts[0]
+    byte: Tensor = parts[0]
     for i, part in enumerate(parts[1:], start=1):
         byte = byte | (part << (i * width))
     return byte

@@ -51,7 +51,12 @@ def compile(
     rules = settings.layer_rules()
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
-    stages = [Stage(INSERT_QDQ, {"rules": rules, "progress": progress}), Stage(REMOVE_DEAD), Stage(LOWER), Stage(REMOVE_DEAD)]
+    stages = [
+        Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
+        Stage(REMOVE_DEAD),
+        Stage(LOWER),
+        Stage(REMOVE_DEAD),
+    ]
     run(program, stages, check=verify, measure=measure, progress=progress)
     return CompiledModel(program, settings)
 
@@ -83,7 +88,9 @@ def check_rules(rules: Sequence[LayerRule], layers: Sequence[Layer]) -> None:
     """Raise a ConfigError for a rule that matches no layer."""
     names = [layer.name for layer in layers]
     if not names:
-        raise ConfigError("the model has no layer that can be quantized: no linear, convolution, embedding or expert weight")
+        raise ConfigError(
+            "the model has no layer that can be quantized: no linear, convolution, embedding or expert weight"
+        )
     for rule in rules:
         if not any(rule.matches(name) for name in names):
             shown = ", ".join(names[:6]) + (f", ... ({len(names)} layers)" if len(names) > 6 else "")

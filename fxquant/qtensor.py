@@ -1,8 +1,8 @@
 """QuantizedTensor: codes and scales, and the round-to-nearest quantizer that makes one from a float tensor.
 
 A weight is seen as a matrix: ``rows`` are output channels, ``cols`` all that is summed over. A linear weight is its
-own matrix, a convolution kernel ``[out, in, kh, kw]`` becomes ``[out, in * kh * kw]``, expert weights ``[experts, out, in]``
-become ``[experts * out, in]``. Groups run along the columns, so one rule covers all of them.
+own matrix, a convolution kernel ``[out, in, kh, kw]`` becomes ``[out, in * kh * kw]``, expert weights ``[experts, out,
+in]`` become ``[experts * out, in]``. Groups run along the columns, so one rule covers all of them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fxquant.scheme import PerTensor, QuantSpec, parse_spec
 class QuantizedTensor:
     """Codes with what they mean. Invariants (``check`` raises a FormatError when one is broken)::
 
-        codes       uint8 [rows, cols], every code < 2**spec.format.bits,  rows * cols == prod(shape)
-        scale       spec.scale_dtype, spec.scale_shape(rows, cols), finite and > 0
-        zero_point  uint8, the shape of scale, exactly where spec.has_zero_point; else None
-        real        = format.decode(codes) * scale            (each scale spread over its group)
-                    = (codes - zero_point) * scale            for unsigned integers
+    codes       uint8 [rows, cols], every code < 2**spec.format.bits,  rows * cols == prod(shape)
+    scale       spec.scale_dtype, spec.scale_shape(rows, cols), finite and > 0
+    zero_point  uint8, the shape of scale, exactly where spec.has_zero_point; else None
+    real        = format.decode(codes) * scale            (each scale spread over its group)
+                = (codes - zero_point) * scale            for unsigned integers
     """
 
     codes: Tensor
@@ -66,7 +66,8 @@ def check_scale(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, *, ro
     want = spec.scale_shape(rows, cols)
     if tuple(scale.shape) != want or scale.dtype != spec.scale_dtype:
         raise FormatError(
-            f"scale is {scale.dtype} {tuple(scale.shape)}; {spec} of {rows}x{cols} codes wants {spec.scale_dtype} {want}"
+            f"scale is {scale.dtype} {tuple(scale.shape)}; {spec} of {rows}x{cols} codes wants {spec.scale_dtype} "
+            f"{want}"
         )
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise FormatError("a scale is not a positive finite number")
@@ -78,7 +79,9 @@ def check_scale(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, *, ro
         raise FormatError(f"a zero point is {int(zero_point.max())}, but {spec} has {spec.format.bits} bits")
 
 
-def quantize_tensor(x: Tensor, spec: QuantSpec | str, *, channel_dims: int = 1, name: str = "tensor") -> QuantizedTensor:
+def quantize_tensor(
+    x: Tensor, spec: QuantSpec | str, *, channel_dims: int = 1, name: str = "tensor"
+) -> QuantizedTensor:
     """Round ``x`` to nearest: the scale from the absolute maximum of each group, then the codes of ``x / scale``.
 
     ``scale = absmax / format.max`` (symmetric) or ``(max - min) / (2^bits - 1)`` with
@@ -147,7 +150,9 @@ def _store(scale: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """``scale`` in its storage dtype; what underflows there becomes the smallest value, what overflows is an error."""
     info = torch.finfo(spec.scale_dtype)
     if bool((scale > info.max).any()):
-        raise WeightError(f"{name} needs a scale of {float(scale.max()):.3g}, above the {spec.scale} maximum {info.max}")
+        raise WeightError(
+            f"{name} needs a scale of {float(scale.max()):.3g}, above the {spec.scale} maximum {info.max}"
+        )
     return scale.to(spec.scale_dtype).clamp(min=info.tiny)
 
 
@@ -169,7 +174,7 @@ def quantize(matrix: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
 def dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Real values ``[rows, cols]`` of codes: computed in float32 (float64 if asked for) and rounded once to ``dtype``."""
+    """Real values ``[rows, cols]`` of codes: computed in float32 (or float64) and rounded once to ``dtype``."""
     inner = torch.float64 if dtype == torch.float64 else torch.float32
     cols = codes.shape[1]
     group = spec.group_size(cols)

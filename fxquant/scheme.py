@@ -1,8 +1,8 @@
 """What to quantize to: a format, a granularity and a scale format, written ``format/granularity[:scale]``.
 
 ``"e3m2/channel"`` is FP6 with one fp32 scale a row, ``"e2m1/group64"`` FP4 with a scale for every 64 weights of a row,
-``"int4/group128:fp16"`` stores the scales in fp16. The text is the spec: it parses to a ``QuantSpec`` and prints back the
-same, so it can stand in a config, in an fx graph and in a saved file.
+``"int4/group128:fp16"`` stores the scales in fp16. The text is the spec: it parses to a ``QuantSpec`` and prints back
+the same, so it can stand in a config, in an fx graph and in a saved file.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ model's own call: it binds positional and keyword arguments to inputs, checks th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,10 +47,8 @@ class Signature:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The flat tensors of a call, in graph order; InputError names what is missing, unknown or of a wrong type."""
         names = [i.name for i in self.inputs]
-        given = dict(zip(names, _flat(args), strict=False))
-        if len(_flat(args)) > len(names):
-            raise InputError(f"{len(_flat(args))} positional inputs given; the model takes {len(names)}: {names}")
-        for name, value in _named(kwargs).items():
+        given = self._positional(args, names)
+        for name, value in named_leaves(kwargs).items():
             if name in self.fixed or (name not in names and value is None):
                 self._check_fixed(name, value)
             elif name not in names:
@@ -63,10 +62,23 @@ class Signature:
         self._check_types(given)
         return [given[n] for n in names]
 
+    def _positional(self, args: Sequence[Any], names: list[str]) -> dict[str, Any]:
+        """Tensors by position; values among them that are no tensors must be those fixed at capture, in order."""
+        flat = pytree.tree_leaves(tuple(args))
+        tensors = [v for v in flat if isinstance(v, Tensor)]
+        others = [v for v in flat if not isinstance(v, Tensor)]
+        if len(tensors) > len(names) or len(others) > len(self.fixed):
+            raise InputError(f"{len(flat)} positional inputs given; the model takes {len(names)}: {names}")
+        for name, value in zip(self.fixed, others, strict=False):
+            self._check_fixed(name, value)
+        return dict(zip(names, tensors, strict=False))
+
     def _check_fixed(self, name: str, value: Any) -> None:
         want = self.fixed.get(name)
         if isinstance(value, Tensor) or value != want:
-            raise InputError(f"input {name!r} was fixed to {want!r} when the model was captured; recompile to change it")
+            raise InputError(
+                f"input {name!r} was fixed to {want!r} when the model was captured; recompile to change it"
+            )
 
     def _check_types(self, given: Mapping[str, Any]) -> None:
         sizes: dict[str, int] = {}
@@ -82,7 +94,8 @@ class Signature:
                 else:
                     want = dim if isinstance(dim, int) else evaluate(dim, sizes)
                 if size != want:
-                    raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type} with {dim} = {want}")
+                    known = f" with {dim} = {want}" if isinstance(dim, str) else ""
+                    raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type}{known}")
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The model's output from the graph's flat outputs: its own type, or plain containers for a loaded program."""
@@ -137,16 +150,12 @@ def _build(node: Structure, outputs: Sequence[Any]) -> Any:
     return items if node["kind"] == "list" else tuple(items)
 
 
-def _flat(args: Sequence[Any]) -> list[Any]:
-    return pytree.tree_leaves(tuple(args))
-
-
-def _named(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_leaves(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword inputs by flat name: a list or dict of tensors under ``x`` becomes ``x_0``, ``x_1`` or ``x_key``."""
     found: dict[str, Any] = {}
     for name, value in kwargs.items():
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-            found["_".join([name, *(_key(p) for p in path)])] = leaf
+            found[re.sub(r"\W", "_", "_".join([name, *(_key(p) for p in path)]))] = leaf
     return found
 
 
@@ -155,7 +164,7 @@ def _key(entry: Any) -> str:
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``example_inputs`` as (args, kwargs): a tuple or list is positional, a mapping by keyword, a tensor alone is one."""
+    """``example_inputs`` as (args, kwargs): a tuple or list is positional, a mapping by keyword, a tensor one input."""
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):
@@ -165,7 +174,8 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     raise InputError(
-        f"example_inputs is a {type(example).__name__}; expected a tuple of positional inputs or a dict of keyword inputs"
+        f"example_inputs is a {type(example).__name__}; expected a tuple of positional inputs or a dict of keyword "
+        f"inputs"
     )
 
 

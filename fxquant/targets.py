@@ -1,7 +1,7 @@
 """The operators a saved graph may call, and how each is written: ``aten.linear.default``, ``operator.mul``.
 
-A file can name nothing but what stands in these tables: functions of tensors and numbers, without files, without effects on
-their arguments. A name that is not here is refused before anything of it is looked up.
+A file can name nothing but what stands in these tables: functions of tensors and numbers that touch no file and leave
+their arguments as they are. Any other name is refused before it is looked up.
 """
 
 from __future__ import annotations
@@ -16,69 +16,73 @@ from torch import fx
 
 from fxquant import ops
 
-ATEN = frozenset(
-    """
-    abs acos acosh add addbmm addcdiv addcmul addmm addmv addr affine_grid_generator alias all alpha_dropout amax amin
-    aminmax angle any arange argmax argmin argsort as_strided asin asinh atan atan2 atanh atleast_1d atleast_2d
-    atleast_3d avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bernoulli bilinear bincount bitwise_and
-    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor block_diag bmm broadcast_tensors
-    broadcast_to bucketize cartesian_prod cat cdist ceil celu chain_matmul channel_shuffle chunk clamp clamp_max
-    clamp_min clip clone column_stack combinations complex concat concatenate conj conj_physical constant_pad_nd
-    contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution copysign cos cosh
-    cosine_similarity count_nonzero cross cummax cummin cumprod cumsum deg2rad detach diag diag_embed diagflat diagonal
-    diff digamma dist div divide dot dropout dsplit dstack einsum elu embedding embedding_bag empty empty_like
-    empty_permuted empty_strided eq equal erf erfc erfinv exp exp2 expand expand_as expm1 eye feature_alpha_dropout
-    feature_dropout fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_hfft fft_ifft fft_ifft2 fft_ifftn
-    fft_ifftshift fft_ihfft fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn fill fix flatten
-    flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac frexp full full_like gather gcd ge gelu ger
-    glu grid_sampler grid_sampler_2d grid_sampler_3d greater greater_equal group_norm gru gru_cell gt hamming_window
-    hann_window hardshrink hardsigmoid hardswish hardtanh heaviside histc hsplit hstack hypot i0 im2col col2im imag
-    index index_add index_copy index_fill index_put index_reduce index_select inner instance_norm isclose isfinite
-    isin isinf isnan isneginf isposinf isreal item kron kthvalue layer_norm lcm ldexp le leaky_relu lerp less
-    less_equal lgamma lift_fresh lift_fresh_copy linalg_cross linalg_det linalg_inv linalg_matmul linalg_matrix_norm
-    linalg_multi_dot linalg_norm linalg_vecdot linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid
-    log_softmax logaddexp logaddexp2 logcumsumexp logical_and logical_not logical_or logical_xor logit logspace
-    logsumexp lstm lstm_cell lt masked_fill masked_scatter masked_select matmul matrix_power max max_pool1d
-    max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool2d
-    maximum mean median meshgrid min minimum mish mm mode moveaxis movedim msort mul multinomial multiply mv
-    nan_to_num nanmean nanmedian nansum narrow narrow_copy native_batch_norm native_dropout native_group_norm
-    native_layer_norm ne neg negative new_empty new_empty_strided new_full new_ones new_zeros nextafter nonzero
-    nonzero_numpy nonzero_static norm normal norm_except_dim not_equal numpy_T one_hot ones ones_like outer pad
-    pairwise_distance pdist permute pixel_shuffle pixel_unshuffle poisson polar polygamma positive pow prelu prod
-    quantile rad2deg rand rand_like randint randint_like randn randn_like randperm ravel real reciprocal
-    reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder renorm repeat repeat_interleave
-    replication_pad1d replication_pad2d replication_pad3d reshape reshape_as resolve_conj resolve_neg rms_norm
-    rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round rrelu rsqrt rsub scalar_tensor
-    scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_copy select_scatter
-    selu sgn sigmoid sign signbit silu sin sinc sinh size slice slice_copy slice_scatter softmax softplus softshrink
-    sort special_entr special_erf special_exp2 special_expit special_expm1 special_i0 special_log1p special_logit
-    special_log_softmax special_softmax split split_copy split_with_sizes split_with_sizes_copy sqrt square squeeze
-    squeeze_copy stack std std_mean stft istft sub subtract sum svd swapaxes swapdims sym_numel sym_size
-    sym_storage_offset sym_stride t t_copy take take_along_dim tan tanh tensor_split tensordot threshold tile to
-    topk trace transpose transpose_copy trapezoid tril tril_indices triu triu_indices true_divide trunc type_as
+_ATEN = """
+    __and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar
+    _assert_tensor_metadata _cdist_forward _conj _conv_depthwise2d _convolution _fft_c2c _fft_c2r _fft_r2c
+    _fused_rms_norm _grouped_mm _local_scalar_dense _log_softmax _native_batch_norm_legit
+    _native_batch_norm_legit_no_training _native_multi_head_attention _pdist_forward _prelu_kernel _reshape_copy
+    _safe_softmax _scaled_dot_product_attention_math _scaled_dot_product_efficient_attention
+    _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _shape_as_tensor _softmax _stack
+    _to_copy _transformer_encoder_layer_fwd _trilinear _unique2 _unsafe_index _unsafe_index_put _unsafe_view
+    _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d _weight_norm abs acos acosh adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d add addbmm addcdiv addcmul addmm addmv addr adjoint
+    affine_grid_generator alias alias_copy all alpha_dropout amax amin aminmax angle any arange argmax argmin argsort
+    as_strided as_strided_copy asin asinh atan atan2 atanh atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d
+    avg_pool3d baddbmm bartlett_window batch_norm bernoulli bilinear binary_cross_entropy
+    binary_cross_entropy_with_logits bincount bitwise_and bitwise_left_shift bitwise_not bitwise_or
+    bitwise_right_shift bitwise_xor blackman_window block_diag bmm broadcast_tensors broadcast_to bucketize
+    cartesian_prod cat cdist ceil celu chain_matmul channel_shuffle cholesky chunk clamp clamp_max clamp_min clip
+    clone col2im column_stack combinations complex concat concatenate conj conj_physical constant_pad_nd contiguous
+    conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution copysign cos cosh
+    cosine_similarity count_nonzero cross cross_entropy_loss cummax cummin cumprod cumsum cumulative_trapezoid deg2rad
+    det detach detach_copy diag diag_embed diagflat diagonal diagonal_copy diagonal_scatter diff digamma dist div
+    divide dot dropout dsplit dstack einsum elu embedding embedding_bag empty empty_like empty_permuted empty_strided
+    eq equal erf erfc erfinv exp exp2 expand expand_as expand_copy expm1 eye feature_alpha_dropout feature_dropout
+    fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_hfft fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_ihfft
+    fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn fill fix flatten flip fliplr flipud
+    float_power floor floor_divide fmax fmin fmod frac frexp full full_like gather gcd ge gelu ger glu greater
+    greater_equal grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt hamming_window hann_window
+    hardshrink hardsigmoid hardswish hardtanh heaviside histc hsplit hstack hypot i0 im2col imag index index_add
+    index_copy index_fill index_put index_reduce index_select inner instance_norm inverse is_complex is_floating_point
+    isclose isfinite isin isinf isnan isneginf isposinf isreal istft item kaiser_window kl_div kron kthvalue
+    layer_norm lcm ldexp le leaky_relu lerp less less_equal lgamma lift_fresh lift_fresh_copy linalg_cholesky
+    linalg_cross linalg_det linalg_diagonal linalg_eigh linalg_inv linalg_matmul linalg_matrix_norm
+    linalg_matrix_power linalg_multi_dot linalg_norm linalg_pinv linalg_qr linalg_solve linalg_solve_triangular
+    linalg_svd linalg_vecdot linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp
+    logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logspace logsumexp lstm
+    lstm_cell lt mH mT masked_fill masked_scatter masked_select matmul matrix_power max max_pool1d
+    max_pool1d_with_indices max_pool2d max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool2d maximum
+    mean median meshgrid min minimum mish mm mode moveaxis movedim mse_loss msort mul multinomial multiply mv
+    nan_to_num nanmean nanmedian nanquantile nansum narrow narrow_copy native_batch_norm native_channel_shuffle
+    native_dropout native_group_norm native_layer_norm ne neg negative new_empty new_empty_strided new_full new_ones
+    new_zeros nextafter nll_loss nll_loss_nd nonzero nonzero_numpy nonzero_static norm norm_except_dim normal
+    not_equal numpy_T one_hot ones ones_like outer pad pairwise_distance pdist permute permute_copy pinverse
+    pixel_shuffle pixel_unshuffle poisson polar polygamma positive pow prelu prod quantile rad2deg rand rand_like
+    randint randint_like randn randn_like randperm ravel real reciprocal reflection_pad1d reflection_pad2d
+    reflection_pad3d relu relu6 remainder renorm repeat repeat_interleave replication_pad1d replication_pad2d
+    replication_pad3d reshape reshape_as resolve_conj resolve_neg rms_norm rnn_relu rnn_relu_cell rnn_tanh
+    rnn_tanh_cell roll rot90 round rrelu rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add
+    scatter_reduce searchsorted select select_copy select_scatter selu sgn sigmoid sign signbit silu sin sinc sinh
+    size slice slice_copy slice_scatter slogdet smooth_l1_loss softmax softplus softshrink sort special_entr
+    special_erf special_exp2 special_expit special_expm1 special_i0 special_log1p special_log_softmax special_logit
+    special_softmax split split_copy split_with_sizes split_with_sizes_copy sqrt square squeeze squeeze_copy stack std
+    std_mean stft sub subtract sum svd swapaxes swapdims sym_constrain_range sym_constrain_range_for_size sym_numel
+    sym_size sym_storage_offset sym_stride t t_copy take take_along_dim tan tanh tensor_split tensordot threshold tile
+    to topk trace transpose transpose_copy trapezoid tril tril_indices triu triu_indices true_divide trunc type_as
     unbind unbind_copy unflatten unfold unfold_copy unique_consecutive unique_dim unsafe_chunk unsafe_split
     unsafe_split_with_sizes unsqueeze unsqueeze_copy upsample_bicubic2d upsample_bilinear2d upsample_linear1d
     upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d vander var var_mean vdot view
     view_as view_as_complex view_as_real view_copy vsplit vstack where xlogy zeros zeros_like
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
-    adaptive_max_pool3d
-    _adaptive_avg_pool2d _adaptive_avg_pool3d _cdist_forward _conj _conv_depthwise2d _convolution _fft_c2c _fft_c2r
-    _fft_r2c _grouped_mm _local_scalar_dense _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training
-    _native_multi_head_attention _pdist_forward _safe_softmax _scaled_dot_product_attention_math
-    _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
-    _scaled_dot_product_flash_attention_for_cpu _softmax _stack _to_copy _transformer_encoder_layer_fwd _trilinear
-    _unique2 _unsafe_index _unsafe_index_put _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa
-    _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_norm
-    _assert_scalar _assert_tensor_metadata sym_constrain_range sym_constrain_range_for_size
-    """.split()
-)
+"""
+ATEN = frozenset(_ATEN.split())
 """Names of aten operators; every overload of one that does not write to its arguments may be called."""
 
 FXQUANT = frozenset(schema.partition("(")[0] for schema in ops.SCHEMAS)
 
 _OPERATOR = {"neg": 1, "pos": 1, "abs": 1, "not_": 1, "index": 1} | dict.fromkeys(
-    ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_",
-     "xor", "lshift", "rshift"), 2)  # fmt: skip
+    ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "and_",
+     "or_", "xor", "lshift", "rshift"), 2)  # fmt: skip
 _SYMBOLIC = {"sym_int": 1, "sym_float": 1, "sym_not": 1, "sym_max": 2, "sym_min": 2, "sym_ite": 3, "sym_sum": 1}
 PYTHON: dict[str, tuple[Callable[..., Any], int]] = {
     **{f"operator.{name}": (getattr(operator, name), arity) for name, arity in _OPERATOR.items()},
@@ -131,12 +135,10 @@ def check_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     name = _PYTHON_NAMES[target]
     if kwargs or len(args) != PYTHON[name][1]:
         raise ValueError(f"{name} takes {PYTHON[name][1]} arguments, got {len(args)} and {len(kwargs)} by name")
-    wrong = [a for a in args if not isinstance(a, (fx.Node, bool, int, float, list)) or (isinstance(a, list) and name != _SUM)]
+    allowed = (fx.Node, int, float, list) if name == "torch.sym_sum" else (fx.Node, int, float)
+    wrong = [a for a in args if not isinstance(a, allowed)]
     if wrong:
         raise ValueError(f"{name} takes numbers and results of nodes, got {str(wrong[0])[:60]!r}")
-
-
-_SUM = "torch.sym_sum"
 
 
 def _check_schema(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

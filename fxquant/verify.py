@@ -80,7 +80,7 @@ _WEIGHT_AT: dict[Any, int] = {
 def _spec_and_shape(node: fx.Node) -> tuple[QuantSpec, Sequence[int]]:
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     by_name = dict(zip(names, node.args, strict=False))
-    return parse_spec(str(by_name["spec"])), by_name["shape"]  # type: ignore[return-value]
+    return parse_spec(str(by_name["spec"])), by_name["shape"]
 
 
 def _value(gm: fx.GraphModule, argument: Any) -> Tensor | None:
@@ -89,7 +89,9 @@ def _value(gm: fx.GraphModule, argument: Any) -> Tensor | None:
     return None
 
 
-def _codes_problem(codes: Tensor, scale: Tensor, zp: Tensor | None, spec: QuantSpec, shape: Sequence[int]) -> str | None:
+def _codes_problem(
+    codes: Tensor, scale: Tensor, zp: Tensor | None, spec: QuantSpec, shape: Sequence[int]
+) -> str | None:
     rows, cols = matrix_shape(shape, codes.shape[0])
     if codes.dtype != torch.uint8 or tuple(codes.shape) != (rows, cols):
         return f"codes are {codes.dtype} {tuple(codes.shape)}; a weight of {tuple(shape)} wants uint8 {(rows, cols)}"

@@ -47,20 +47,24 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
 
 
 def choose(layer: Layer, rules: tuple[LayerRule, ...], group: list[Layer]) -> QuantSpec | Decline:
-    """The spec that the rules give a layer, or why it stays in float. ``group`` are the layers that share its weight."""
+    """The spec that the rules give a layer, or why it stays in float; ``group``: the layers that share its weight."""
     wants = {member.name: _rule_for(member, rules) for member in group}
     named = [rule for member in group if (rule := wants[member.name]) and rule.match == member.name]
     rule = named[0] if named else wants[layer.name]
     if rule is None:
         if layer.type == "embedding" and any(r.matches(layer.name) for r in rules):
-            return Decline("embeddings stay in float unless a rule names their exact path or lists embedding in its types")
+            return Decline(
+                "embeddings stay in float unless a rule names their exact path or lists embedding in its types"
+            )
         return Decline("no rule matches this layer")
     if rule.keep or rule.weight is None:
         return Decline(f"rule {rule.match!r} keeps it in float")
     for member in group:
         other = wants[member.name]
         if not named and member is not layer and (other is None or other.weight != rule.weight or other.keep):
-            return Decline(f"its weight is tied to {member.name!r}, which stays in float; name either exactly to quantize both")
+            return Decline(
+                f"its weight is tied to {member.name!r}, which stays in float; name either exactly to quantize both"
+            )
     return rule.weight
 
 
@@ -79,7 +83,7 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
             if tensor is not None:
                 attach(gm, f"{base}_{suffix}", tensor)
             parts.append(None if tensor is None else get_attr(graph, f"{base}_{suffix}", tensor))
-        dtype = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
+        dtype: dict[str, Any] = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
         node = graph.call_function(torch.ops.fxquant.dequantize.default, (*parts, str(spec), list(q.shape)), dtype)
     weight = WeightQuant(layer.target, spec, "rtn", weight_error(value, q), q.nbytes, layer.weight.nbytes)
     set_info(node, NodeInfo(TensorType(value.dtype, q.shape), layer.name, weight=weight))
@@ -116,4 +120,6 @@ def _use(layer: Layer, weight: fx.Node) -> None:
     layer.node.args = tuple(args)
 
 
-INSERT_QDQ = Pass("insert_qdq", "quantize weights round-to-nearest, as dequantize(codes, scale) in the graph", insert_qdq)
+INSERT_QDQ = Pass(
+    "insert_qdq", "quantize weights round-to-nearest, as dequantize(codes, scale) in the graph", insert_qdq
+)

@@ -60,7 +60,7 @@ def _same_type(match: Match) -> bool:
 
 
 def _is_eval(match: Match) -> bool:
-    return match.node.args[2] is False or match.node.args[1] == 0.0
+    return match.node.args[2] is False or bool(match.node.args[1] == 0.0)
 
 
 def _is_whole(match: Match) -> bool:
@@ -95,9 +95,12 @@ RULES = (
     Rule(Call((aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _x),
          drop_noop, where=_is_eval),  # dropout(x, p, train=False) -> x
     Rule(Call(aten.slice.Tensor, _x, Var("dim"), 0, _END, 1), drop_noop, where=_is_whole),  # x[:] -> x
-    Rule(Call(aten.addmm.default, _b, _x, _w), linear_from_product, where=_constant_matrix),  # b + x W -> linear(x, W^T, b)
+    Rule(Call(aten.addmm.default, _b, _x, _w),
+         linear_from_product, where=_constant_matrix),  # b + x W -> linear(x, W^T, b)
     Rule(Call((aten.mm.default, aten.matmul.default), _x, _w),
          linear_from_product, where=_constant_matrix),  # x W -> linear(x, W^T)
 )  # fmt: skip
 
-NORMALIZE = Pass("normalize", "one spelling: positional arguments, no operators without effect, products as linear", normalize)
+NORMALIZE = Pass(
+    "normalize", "one spelling: positional arguments, no operators without effect, products as linear", normalize
+)

@@ -14,7 +14,10 @@ from fxquant.errors import FormatError
 from fxquant.formats import FloatFormat, IntFormat, default_bias, default_specials, parse_format
 
 EVERY = [
-    FloatFormat(e, m, default_bias(e), default_specials(e, m)) for e in range(1, 8) for m in range(0, 8 - e) if e + m <= 7
+    FloatFormat(e, m, default_bias(e), default_specials(e, m))
+    for e in range(1, 8)
+    for m in range(0, 8 - e)
+    if e + m <= 7
 ]
 SPECIAL = [parse_format(n) for n in ("e4m3fnuz", "e5m2fnuz", "e4m3none", "e5m2none", "e4m3ieee", "e3m4ieee", "e2m1b3")]
 ML_DTYPES = {
@@ -108,7 +111,14 @@ def test_known_limits() -> None:
     known = {"e2m1": 6, "e3m0": 16, "e1m2": 3.5, "e3m2": 28, "e2m3": 7.5, "e4m3": 448, "e4m3none": 480, "e5m2": 57344,
              "e5m2none": 114688, "e3m4": 30, "int4": 7, "uint4": 15, "int8": 127}  # fmt: skip
     assert {name: parse_format(name).max for name in known} == known
-    assert parse_format("e3m2").decode(parse_format("e3m2").codes()[:6]).tolist() == [0, 0.0625, 0.125, 0.1875, 0.25, 0.3125]
+    assert parse_format("e3m2").decode(parse_format("e3m2").codes()[:6]).tolist() == [
+        0,
+        0.0625,
+        0.125,
+        0.1875,
+        0.25,
+        0.3125,
+    ]
 
 
 def test_ties_of_a_format_without_mantissa_go_to_the_even_code() -> None:
@@ -148,7 +158,7 @@ def test_unknown_format_says_what_is_allowed(name: str) -> None:
 
 
 def test_unknown_format_names_near_ones() -> None:
-    with pytest.raises(FormatError, match="did you mean .*e3m2"):
+    with pytest.raises(FormatError, match=r"did you mean .*e3m2"):
         parse_format("e3m22")
 
 

@@ -65,7 +65,7 @@ def test_opcheck(spec: str) -> None:
         (ops.dequantize, (q.codes, q.scale, q.zero_point, spec, [6, 16])),
         (ops.dequantize_packed, (*packed, spec, [6, 16])),
         (ops.fake_quantize, (x.clone().requires_grad_(), q.scale, q.zero_point, spec)),
-        (ops.linear_wq, (torch.randn(3, 16, requires_grad=True), *packed, torch.randn(6, requires_grad=True), spec, [6, 16])),
+        (ops.linear_wq, (x[:3].clone().requires_grad_(), *packed, torch.randn(6, requires_grad=True), spec, [6, 16])),
         (ops.conv2d_wq, (torch.randn(1, 2, 5, 5, requires_grad=True), *conv, torch.randn(6), spec, [6, 2, 3, 3],
                          [1, 1], [1, 1], [1, 1], 1)),
         (ops.embedding_wq, (torch.randint(0, 6, (4,)), *packed, spec, [6, 16])),

@@ -114,7 +114,9 @@ def test_input_dtypes(dtype: torch.dtype) -> None:
 
 def test_non_contiguous_input() -> None:
     x = torch.randn(16, 6).t()
-    assert torch.equal(fxquant.quantize_tensor(x, "int8/group4").codes, fxquant.quantize_tensor(x.contiguous(), "int8/group4").codes)
+    assert torch.equal(
+        fxquant.quantize_tensor(x, "int8/group4").codes, fxquant.quantize_tensor(x.contiguous(), "int8/group4").codes
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,9 @@ def test_broken_invariants_are_named() -> None:
             broken.check()
 
 
-@pytest.mark.parametrize("text", ["e3m2/channel", "e2m1/group64", "int4/tensor", "e4m3fnuz/group128:bf16", "uint4/group32:fp16"])
+@pytest.mark.parametrize(
+    "text", ["e3m2/channel", "e2m1/group64", "int4/tensor", "e4m3fnuz/group128:bf16", "uint4/group32:fp16"]
+)
 def test_specs_print_back(text: str) -> None:
     assert str(parse_spec(text)) == text
 

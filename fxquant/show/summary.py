@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import fxquant.ops  # noqa: F401  (defines the operators)
 from fxquant.graph import WeightQuant, info
 from fxquant.layers import Layer, find_layers
 from fxquant.program import Program, Step, target_name
@@ -292,12 +293,12 @@ def _formats(s: Summary) -> list[tuple[str, ...]]:
 
 
 def _float_rows(s: Summary) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("layers", "size", "why", "such as")]
+    rows: list[tuple[str, ...]] = [("layers", "size", "such as", "why")]
     floats = [q for q in s.layers if q.spec is None]
     for reason in dict.fromkeys(q.reason for q in floats):
         members = [q for q in floats if q.reason == reason]
         stored = sum(q.bytes_after for q in members if not q.tied_to)
-        rows.append((str(len(members)), size(stored), str(reason), members[0].name))
+        rows.append((str(len(members)), size(stored), members[0].name, str(reason)))
     return rows
 
 

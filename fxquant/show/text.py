@@ -27,7 +27,7 @@ CONTEXT = 1
 def diff(program: Program, a: str | None = None, b: str | None = None) -> str:
     """Unified diffs of the graph's text: of every pass; of the pass ``a``; or from after ``a`` to after ``b``.
 
-    Passes go by their labels in ``summarize(program).steps``: a pass's name, ``remove_dead#2`` for its second run. Raises
+    Passes go by their labels in ``summarize(program).steps``: ``lower``, ``remove_dead#2`` for its second run. Raises
     ConfigError for an unknown one.
     """
     steps = labelled(program.trace)

@@ -23,8 +23,8 @@ ops = torch.ops.fxquant
 CASES = {
     "mlp": (mlp, torch.randn(2, 20), {ops.linear_wq.default: 2}),
     "conv1d": (Conv1D, torch.randn(2, 3, 10), {ops.linear_wq.default: 1}),
-    "convolutions": (Convolutions, torch.randn(2, 3, 12, 12), {ops.conv2d_wq.default: 2, ops.dequantize_packed.default: 1,
-                                                               ops.linear_wq.default: 1}),
+    "convolutions": (Convolutions, torch.randn(2, 3, 12, 12),
+                     {ops.conv2d_wq.default: 2, ops.dequantize_packed.default: 1, ops.linear_wq.default: 1}),
     "experts": (Experts, torch.randn(3, 5, 8), {ops.dequantize_packed.default: 2}),
     "tied": (Tied, torch.randint(0, 50, (2, 5)), {ops.embedding_wq.default: 1, ops.linear_wq.default: 3}),
 }  # fmt: skip

