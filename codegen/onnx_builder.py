@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from fxquant.dims import Dim
+from fxquant.formats import Format
 from fxquant.graph import ScalarType, TensorType, info
 
 T = ir.DataType
@@ -48,14 +49,15 @@ class Unsupported(Exception):
 class Builder:
     """Appends nodes to a graph under construction. ``at`` names the scope of new nodes and values.
 
-    ``memo`` is for values that many nodes share, such as an attention mask in additive form.
+    ``memo`` is for values that many nodes share, such as an attention mask in additive form; ``calls`` are the operators
+    of our own domain that were used, by name and format, with what they ask of their functions.
     """
 
     def __init__(self, opset: int) -> None:
         self.opset = opset
         self.nodes: list[ir.Node] = []
         self.memo: dict[object, ir.Value] = {}
-        self.functions: dict[str, ir.Function] = {}
+        self.calls: dict[tuple[str, Format], frozenset[str]] = {}
         self.result: Any = None
         self._scope, self._count = "value", 0
         self._constants: dict[tuple[object, ...], ir.Value] = {}

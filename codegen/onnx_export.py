@@ -24,7 +24,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, fx
 
 from fxquant.codegen.onnx_builder import Builder, Unsupported, is_number, onnx_dtype
-from fxquant.codegen.onnx_functions import DOMAIN, VERSION
+from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
 from fxquant.codegen.onnx_ops import CONVERTERS, NO_VALUE
 from fxquant.errors import ExportError, SaveError
 from fxquant.graph import NodeInfo, ScalarType, TensorType, info
@@ -205,7 +205,7 @@ class _Exporter:
         version = importlib.metadata.version("fxquant")
         return ir.Model(
             graph, ir_version=onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", self.opset], producer_name="fxquant",
-            producer_version=version, functions=list(self.builder.functions.values()),
+            producer_version=version, functions=functions(self.builder),
             metadata_props={"fxquant.version": version, **metadata},
         )  # fmt: skip
 

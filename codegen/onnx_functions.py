@@ -43,17 +43,24 @@ Weight = Sequence[ir.Value]
 
 
 # --- function bodies -----------------------------------------------------------------------------------------------------
-def ref(name: str, source: str, kind: ir.AttributeType) -> dict[str, Any]:
-    """A node's attribute ``name`` that takes the value of the function's attribute ``source``."""
-    return {name: ir.RefAttr(name, source, kind)}
+class Body(Builder):
+    """The body of one function under construction. ``needs`` is what the model's nodes ask of it::
 
+        grouped   a row has several scales            ragged   rows do not fill whole bytes of every plane, or whole groups
+        cast      x is not float32                    scale    scales are not float32
+    """
 
-def _attribute(f: Builder, name: str) -> ir.Value:
-    """The function's INT (INTS) attribute as a rank 0 (rank 1) constant."""
-    if name not in f.memo:
-        kind = {**_SHAPED, **_WINDOW}[name]
-        f.memo[name] = f.op("Constant", dtype=T.INT64, **ref("value_int" if kind == _INT else "value_ints", name, kind))
-    return f.memo[name]
+    def __init__(self, format: Format, needs: frozenset[str], opset: int) -> None:
+        super().__init__(opset)
+        self.format, self.needs = format, needs
+
+    def attribute(self, name: str) -> ir.Value:
+        """The function's INT (INTS) attribute as a rank 0 (rank 1) constant."""
+        if name not in self.memo:
+            kind = {**_SHAPED, **_WINDOW}[name]
+            field = "value_int" if kind == _INT else "value_ints"
+            self.memo[name] = self.op("Constant", dtype=T.INT64, **{field: ir.RefAttr(field, name, kind)})
+        return self.memo[name]
 
 
 def pair_table(format: Format) -> np.ndarray[Any, Any]:
@@ -76,94 +83,118 @@ def pair_table(format: Format) -> np.ndarray[Any, Any]:
     return np.asarray(format.table().numpy()[codes], dtype=np.float32)
 
 
-def decode(f: Builder, packed: ir.Value, format: Format) -> ir.Value:
-    """Values FLOAT ``[rows, >= cols]`` of planar bytes: one table look-up for every byte of the first plane."""
-    widths = planes(format.bits)
-    count = 8 // widths[0]
-    cols = _attribute(f, "cols")
+def high_table(width: int, *, codes: int, at: int) -> np.ndarray[Any, Any]:
+    """The bits that a byte of an upper plane adds to the indices of its units of ``codes`` codes: int32 ``[256, units]``."""
+    units = 8 // (codes * width)
+    shifts = np.arange(units) * codes * width
+    pieces = (np.arange(256)[:, None] >> shifts) & (2 ** (codes * width) - 1)
+    return np.asarray(pieces << at, dtype=np.int32)
+
+
+def decode(f: Body, packed: ir.Value, *, width: ir.Value) -> ir.Value:
+    """Values FLOAT ``[rows, -1, width]`` (``[rows, -1]``) of planar bytes: a table look-up for each byte of the first plane.
+
+    Rows have the columns that their bytes hold, which may be a few more than ``cols``.
+    """
+    widths = planes(f.format.bits)
+    codes = 8 // widths[0]
     parts: tuple[ir.Value, ...] = (packed,)
-    if len(widths) > 1:
-        sizes = f.op("Div", f.op("Add", f.op("Mul", cols, f.const(widths)), f.const(7)), f.const(8))
+    if len(widths) > 1:  # ceil(cols * width / 8) bytes a plane
+        sizes = f.op("Div", f.op("Add", f.op("Mul", f.attribute("cols"), f.const(widths)), f.const(7)), f.const(8))
         parts = f.multi(len(widths), "Split", packed, sizes, axis=1)
     index, at = f.cast(parts[0], T.INT32), 8
-    for width, plane in zip(widths[1:], parts[1:], strict=True):
-        piece = _pieces(f, plane, bits=count * width)
-        units = f.op("Div", f.op("Add", cols, f.const([count - 1])), f.const([count]))
-        piece = f.op("Slice", piece, f.axes(0), units, f.axes(1), dtype=T.UINT8)
-        high = f.op("Mul", f.cast(piece, T.INT32), f.const(2**at, T.INT32))
-        index, at = f.op("Add", index, high), at + count * width
-    values = f.op("Gather", f.const(pair_table(format), T.FLOAT), index, axis=0)
-    return f.op("Reshape", values, f.axes(0, -1))
+    for plane_width, plane in zip(widths[1:], parts[1:], strict=True):
+        table = f.const(high_table(plane_width, codes=codes, at=at), T.INT32)
+        high = f.op("Reshape", f.op("Gather", table, f.cast(plane, T.INT32), axis=0, dtype=T.INT32), f.axes(0, -1))
+        if "ragged" in f.needs:
+            units = f.op("Div", f.op("Add", f.attribute("cols"), f.const([codes - 1])), f.const([codes]))
+            high = f.op("Slice", high, f.axes(0), units, f.axes(1))
+        index, at = f.op("Add", index, high, dtype=T.INT32), at + codes * plane_width
+    return f.op("Reshape", f.op("Gather", f.const(pair_table(f.format), T.FLOAT), index, axis=0), width)
 
 
-def _pieces(f: Builder, plane: ir.Value, *, bits: int) -> ir.Value:
-    """Bytes ``[rows, n]`` cut into pieces of ``bits``, low first: UINT8 ``[rows, n * 8 / bits]``."""
-    pieces = []
-    for shift in range(0, 8, bits):
-        moved = f.op("BitShift", plane, f.const(shift, T.UINT8), direction="RIGHT") if shift else plane
-        kept = f.op("BitwiseAnd", moved, f.const(2**bits - 1, T.UINT8)) if shift + bits < 8 else moved
-        pieces.append(f.op("Unsqueeze", kept, f.axes(2)))
-    return f.op("Reshape", f.op("Concat", *pieces, axis=2), f.axes(0, -1), dtype=T.UINT8)
-
-
-def apply_scale(f: Builder, values: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> ir.Value:
-    """(values - zero_point) * scale, each spread over its group: FLOAT ``[rows, cols]``.
-
-    Rows are cut or filled to whole groups, seen as ``[rows, groups, group_size]``, and cut to ``cols`` again.
-    """
-    cols, group = _attribute(f, "cols"), _attribute(f, "group_size")
-    groups = f.op("Div", f.op("Add", cols, f.op("Sub", group, f.const(1))), group)
-    have = f.op("Shape", values, start=1, end=2, dtype=T.INT64)
-    missing = f.op("Sub", f.op("Mul", groups, group), have)
-    whole = f.op("Pad", values, f.op("Concat", f.axes(0), missing, axis=0), None, f.axes(1))
-    grouped = f.op("Reshape", whole, f.op("Concat", f.axes(0, -1), f.op("Reshape", group, f.axes(1)), axis=0))
+def apply_scale(f: Body, values: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> ir.Value:
+    """(values - zero_point) * scale, each spread over the last dimension of ``values``."""
     if zero_point is not None:
-        grouped = f.op("Sub", grouped, f.op("Unsqueeze", f.op("Cast", zero_point, to=int(T.FLOAT)), f.axes(2)))
-    wide = f.op("Unsqueeze", f.op("Cast", scale, to=int(T.FLOAT)), f.axes(2))
-    flat = f.op("Reshape", f.op("Mul", grouped, wide), f.axes(0, -1))
-    return f.op("Slice", flat, f.axes(0), f.op("Reshape", cols, f.axes(1)), f.axes(1))
+        values = f.op("Sub", values, _spread(f, f.op("Cast", zero_point, to=int(T.FLOAT))))
+    return f.op("Mul", values, _spread(f, f.op("Cast", scale, to=int(T.FLOAT)) if "scale" in f.needs else scale))
 
 
-def _matrix(f: Builder, weight: Weight, format: Format) -> ir.Value:
-    return apply_scale(f, decode(f, weight[0], format), weight[1], weight[2] if len(weight) > 2 else None)
+def _spread(f: Body, scale: ir.Value) -> ir.Value:
+    return f.op("Unsqueeze", scale, f.axes(2)) if "grouped" in f.needs else scale
 
 
-def _linear(f: Builder, format: Format, x: ir.Value, *weight: ir.Value) -> ir.Value:
-    matrix = f.op("CastLike", _matrix(f, weight, format), x)
-    return f.op("MatMul", x, f.op("Transpose", matrix, perm=[1, 0]))
+def matrix(f: Body, weight: Weight, *, packed: bool = True) -> ir.Value:
+    """The weight FLOAT ``[rows, cols]``. Groups are seen as ``[rows, groups, group_size]``; a ragged row is filled up first."""
+    cols, flat = f.attribute("cols"), f.axes(0, -1)
+    shape = flat
+    if "grouped" in f.needs:
+        shape = f.op("Concat", flat, f.op("Reshape", f.attribute("group_size"), f.axes(1)), axis=0)
+    ragged = "ragged" in f.needs
+    read = decode if packed else look_up
+    values = read(f, weight[0], width=flat if ragged else shape)
+    if ragged and "grouped" in f.needs:
+        values = f.op("Reshape", _fill_groups(f, values), shape)
+    elif ragged:
+        values = f.op("Slice", values, f.axes(0), f.op("Reshape", cols, f.axes(1)), f.axes(1))
+    values = apply_scale(f, values, weight[1], weight[2] if len(weight) > 2 else None)
+    if "grouped" in f.needs:
+        values = f.op("Reshape", values, flat)
+        return f.op("Slice", values, f.axes(0), f.op("Reshape", cols, f.axes(1)), f.axes(1)) if ragged else values
+    return values
 
 
-def _linear_bias(f: Builder, format: Format, x: ir.Value, *weight_and_bias: ir.Value) -> ir.Value:
-    return f.op("Add", _linear(f, format, x, *weight_and_bias[:-1]), weight_and_bias[-1])
+def _fill_groups(f: Body, values: ir.Value) -> ir.Value:
+    """Rows cut or filled with zeros to ``ceil(cols / group_size)`` whole groups."""
+    cols, group = f.attribute("cols"), f.attribute("group_size")
+    groups = f.op("Div", f.op("Add", cols, f.op("Sub", group, f.const(1))), group)
+    missing = f.op("Sub", f.op("Mul", groups, group), f.op("Shape", values, start=1, end=2, dtype=T.INT64))
+    return f.op("Pad", values, f.op("Concat", f.axes(0), missing, axis=0), None, f.axes(1))
 
 
-def _conv2d(f: Builder, format: Format, x: ir.Value, *weight_and_bias: ir.Value) -> ir.Value:
-    kernel = _dequantize(f, format, *weight_and_bias[:-1])
-    window = {name: value for key, kind in _WINDOW.items() for name, value in ref(key, key, kind).items()}
-    return f.op("Conv", x, f.op("CastLike", kernel, x), weight_and_bias[-1], **window)
+def look_up(f: Body, codes: ir.Value, *, width: ir.Value) -> ir.Value:
+    """Values of unpacked codes."""
+    table = f.const(f.format.table().numpy(), T.FLOAT)
+    return f.op("Reshape", f.op("Gather", table, f.op("Cast", codes, to=int(T.INT32), dtype=T.INT32)), width)
 
 
-def _dequantize(f: Builder, format: Format, *weight: ir.Value) -> ir.Value:
-    return f.op("Reshape", _matrix(f, weight, format), _attribute(f, "weight_shape"))
+def _like(f: Body, weight: ir.Value, x: ir.Value) -> ir.Value:
+    return f.op("CastLike", weight, x) if "cast" in f.needs else weight
 
 
-def _dequantize_codes(f: Builder, format: Format, codes: ir.Value, scale: ir.Value, *zero_point: ir.Value) -> ir.Value:
-    values = f.op("Gather", f.const(format.table().numpy(), T.FLOAT), f.op("Cast", codes, to=int(T.INT32), dtype=T.INT32))
-    return f.op("Reshape", apply_scale(f, values, scale, *(zero_point or (None,))), _attribute(f, "weight_shape"))
+def _linear(f: Body, x: ir.Value, *weight: ir.Value) -> ir.Value:
+    return f.op("MatMul", x, f.op("Transpose", _like(f, matrix(f, weight), x), perm=[1, 0]))
 
 
-def _embedding(f: Builder, format: Format, indices: ir.Value, packed: ir.Value, *scales: ir.Value) -> ir.Value:
+def _linear_bias(f: Body, x: ir.Value, *weight_and_bias: ir.Value) -> ir.Value:
+    return f.op("Add", _linear(f, x, *weight_and_bias[:-1]), weight_and_bias[-1])
+
+
+def _conv2d(f: Body, x: ir.Value, *weight_and_bias: ir.Value) -> ir.Value:
+    kernel = _like(f, _dequantize(f, *weight_and_bias[:-1]), x)
+    window = {key: ir.RefAttr(key, key, kind) for key, kind in _WINDOW.items()}
+    return f.op("Conv", x, kernel, weight_and_bias[-1], **window)
+
+
+def _dequantize(f: Body, *weight: ir.Value) -> ir.Value:
+    return f.op("Reshape", matrix(f, weight), f.attribute("weight_shape"))
+
+
+def _dequantize_codes(f: Body, *weight: ir.Value) -> ir.Value:
+    return f.op("Reshape", matrix(f, weight, packed=False), f.attribute("weight_shape"))
+
+
+def _embedding(f: Body, indices: ir.Value, packed: ir.Value, *scales: ir.Value) -> ir.Value:
     """Only the rows that are asked for are decoded; one scale for the whole tensor is repeated for every row."""
     flat = f.op("Reshape", indices, f.axes(-1))
-    all_rows = f.op("Concat", f.op("Shape", packed, start=0, end=1), f.axes(1), axis=0)
-    chosen = [f.op("Gather", f.op("Expand", s, all_rows), flat, axis=0) for s in scales]
-    values = _matrix(f, [f.op("Gather", packed, flat, axis=0), *chosen], format)
-    shape = f.op("Concat", f.op("Shape", indices), f.op("Reshape", _attribute(f, "cols"), f.axes(1)), axis=0)
+    every = f.op("Concat", f.op("Shape", packed, start=0, end=1), f.axes(1), axis=0)
+    chosen = [f.op("Gather", f.op("Expand", s, every), flat, axis=0) for s in scales]
+    values = matrix(f, [f.op("Gather", packed, flat, axis=0), *chosen])
+    shape = f.op("Concat", f.op("Shape", indices), f.op("Reshape", f.attribute("cols"), f.axes(1)), axis=0)
     return f.op("Reshape", values, shape)
 
 
-Body = Callable[..., ir.Value]
-_BODIES: dict[str, tuple[Body, tuple[str, ...], dict[str, ir.AttributeType]]] = {
+_BODIES: dict[str, tuple[Callable[..., ir.Value], tuple[str, ...], dict[str, ir.AttributeType]]] = {
     "Linear": (_linear, ("x", "packed", "scale", "zero_point"), _MATRIX),
     "LinearBias": (_linear_bias, ("x", "packed", "scale", "zero_point", "bias"), _MATRIX),
     "Conv2d": (_conv2d, ("x", "packed", "scale", "zero_point", "bias"), {**_SHAPED, **_WINDOW}),
@@ -173,16 +204,21 @@ _BODIES: dict[str, tuple[Body, tuple[str, ...], dict[str, ir.AttributeType]]] = 
 }
 
 
-def function(op: str, format: Format, opset: int) -> ir.Function:
-    """The model-local function of operator ``op`` on ``format``."""
+def function(op: str, format: Format, needs: frozenset[str], opset: int) -> ir.Function:
+    """The model-local function of operator ``op`` on ``format``, as simple as ``needs`` allows."""
     body, names, attributes = _BODIES[op]
-    f = Builder(opset)
     unsigned = isinstance(format, IntFormat) and not format.signed
     inputs = [ir.Value(name=n) for n in names if n != "zero_point" or unsigned]
-    out = body(f, format, *inputs)
+    f = Body(format, needs, opset)
+    out = body(f, *inputs)
     graph = ir.Graph(inputs, [out], nodes=f.nodes, opset_imports={"": opset}, name=op_type(op, format))
     declared = [ir.Attr(name, kind, None) for name, kind in attributes.items()]
     return ir.Function(DOMAIN, op_type(op, format), graph=graph, attributes=declared)
+
+
+def functions(b: Builder) -> list[ir.Function]:
+    """The functions of all operators that ``b`` has called."""
+    return [function(op, format, needs, b.opset) for (op, format), needs in b.calls.items()]
 
 
 def op_type(op: str, format: Format) -> str:
@@ -192,11 +228,14 @@ def op_type(op: str, format: Format) -> str:
 
 # --- converters ------------------------------------------------------------------------------------------------------------
 def _call(b: Builder, op: str, spec: QuantSpec, inputs: Sequence[ir.Value | None], cols: int, **attributes: Any) -> ir.Value:
-    """The node of ``op``, whose function the model then defines."""
-    name = op_type(op, spec.format)
-    if name not in b.functions:
-        b.functions[name] = function(op, spec.format, b.opset)
+    """The node of ``op``; what it asks of the operator's function is noted."""
     size = spec.group_size(cols)
+    unit = 8 // min(planes(spec.format.bits))
+    asks = {"grouped": size < cols, "ragged": bool(cols % unit or cols % size), "cast": b.dtype != T.FLOAT,
+            "scale": spec.scale != "fp32"}  # fmt: skip
+    key = (op, spec.format)
+    b.calls[key] = b.calls.get(key, frozenset()) | {name for name, asked in asks.items() if asked}
+    name = op_type(op, spec.format)
     return b.op(name, *inputs, domain=DOMAIN, dtype=b.dtype, cols=cols, group_size=size, **attributes)
 
 

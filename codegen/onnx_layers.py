@@ -131,10 +131,11 @@ def convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None
                 dilation: Ints, groups: int = 1) -> ir.Value:  # fmt: skip
     n = rank(weight) - 2
     window: dict[str, Any] = {"strides": _each(stride, n), "dilations": _each(dilation, n), "group": groups}
-    if isinstance(padding, str):
-        window["auto_pad"] = "SAME_UPPER" if padding == "same" else "VALID"
+    if padding == "same":  # the odd one goes behind
+        total = [d * (int(k) - 1) for d, k in zip(window["dilations"], dims(weight)[2:], strict=True)]
+        window["pads"] = [t // 2 for t in total] + [t - t // 2 for t in total]
     else:
-        window["pads"] = _each(padding, n) * 2
+        window["pads"] = [0] * 2 * n if isinstance(padding, str) else _each(padding, n) * 2
     return _batched(b, x, n, lambda x: b.op("Conv", x, weight, bias, **window))
 
 
@@ -255,10 +256,11 @@ def adaptive_avg_pool(n: int) -> Converter:
         if all(a % s == 0 for a, s in zip(before, sizes, strict=True)):
             steps = [a // s for a, s in zip(before, sizes, strict=True)]
             return _batched(b, x, n, lambda x: b.op("AveragePool", x, kernel_shape=steps, strides=steps))
-        for axis, (have, want) in enumerate(zip(before, sizes, strict=True), start=-n):
-            last = [*(d for d in range(rank(x)) if d != rank(x) + axis), rank(x) + axis]
+        total = rank(x)
+        for axis, (have, want) in enumerate(zip(before, sizes, strict=True), start=total - n):
+            last = [*(d for d in range(total) if d != axis), axis]
             moved = b.op("MatMul", b.op("Transpose", x, perm=last), b.const(_averages(have, want), b.dtype))
-            x = b.op("Transpose", moved, perm=[int(i) for i in np.argsort(last)], dtype=x.dtype, shape=b.shape)
+            x = b.op("Transpose", moved, perm=[int(i) for i in np.argsort(last)])
         return x
 
     return convert

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fxquant.codegen.onnx_builder import FLOATS, NARROW, Arg, Builder, T, Unsupported, dims, rank
+from fxquant.codegen.onnx_builder import FLOATS, NARROW, Arg, Builder, T, Unsupported, rank
 from fxquant.codegen.onnx_elementwise import Converter, rows
 from fxquant.rewrite import aten
 
@@ -109,10 +109,16 @@ def _var(root: bool) -> dict[str, Converter]:
     return {"correction": correction, "default": unbiased, "dim": along}
 
 
-def var_mean(b: Builder, x: ir.Value, axes: Axes = None, *, correction: Arg = None, keepdim: bool = False) -> Any:
-    b.result = b.result[0]
-    spread = variance(b, x, axes, 1 if correction is None else correction, keepdim)
-    return spread, b.op("ReduceMean", x, _axes(b, axes), keepdims=int(keepdim))
+def and_mean(convert: Converter) -> Converter:
+    """var_mean, std_mean: the same with the mean beside it."""
+
+    def both(b: Builder, x: ir.Value, *args: Any, **options: Any) -> tuple[ir.Value, ir.Value]:
+        b.result = b.result[0]
+        axes = args[0] if args and not isinstance(args[0], bool) else None
+        keep = options.get("keepdim", len(args) > 2 and args[2])
+        return convert(b, x, *args, **options), b.op("ReduceMean", x, _axes(b, axes), keepdims=int(keep))
+
+    return both
 
 
 def vector_norm(b: Builder, x: ir.Value, order: Arg = 2, axes: Axes = None, keep: bool = False, **_: Any) -> ir.Value:
@@ -154,7 +160,9 @@ def normalized(op_type: str) -> Converter:
 
 
 def top_k(b: Builder, x: ir.Value, k: Arg, dim: int = -1, largest: bool = True, in_order: bool = True) -> Any:
-    return b.multi(2, "TopK", x, b.sizes([k]), axis=dim, largest=int(largest), sorted=int(in_order))
+    values, positions = b.multi(2, "TopK", x, b.sizes([k]), axis=dim, largest=int(largest), sorted=int(in_order))
+    positions.type = ir.TensorType(T.INT64)
+    return values, positions
 
 
 def sort(b: Builder, x: ir.Value, dim: int = -1, descending: bool = False) -> Any:
@@ -166,21 +174,20 @@ def stable_sort(b: Builder, x: ir.Value, stable: bool | None = None, dim: int = 
 
 
 def argsort(b: Builder, x: ir.Value, dim: int = -1, descending: bool = False) -> ir.Value:
-    return b.cast(sort(b, x, dim, descending)[1], T.INT64)
+    return sort(b, x, dim, descending)[1]  # type: ignore[no-any-return]
 
 
 def glu(b: Builder, x: ir.Value, dim: int = -1) -> ir.Value:
     """First half times the sigmoid of the second."""
-    half = dims(x)[dim]
-    if not isinstance(half, int):
-        raise Unsupported("glu along a dynamic dimension")
-    left, right = b.multi(2, "Split", x, b.const([half // 2] * 2), axis=dim)
+    left, right = b.multi(2, "Split", x, axis=dim, num_outputs=2)
     return b.op("Mul", left, b.op("Sigmoid", right))
 
 
 REDUCE: dict[Any, Converter] = {
     **{getattr(aten.var, overload): convert for overload, convert in _var(root=False).items()},
     **{getattr(aten.std, overload): convert for overload, convert in _var(root=True).items()},
+    **{getattr(aten.var_mean, overload): and_mean(convert) for overload, convert in _var(root=False).items()},
+    **{getattr(aten.std_mean, overload): and_mean(convert) for overload, convert in _var(root=True).items()},
     **rows(
         (reduced("ReduceSum"), (aten.sum.default, aten.sum.dim_IntList)),
         (reduced("ReduceMean"), (aten.mean.default, aten.mean.dim)),
@@ -194,7 +201,6 @@ REDUCE: dict[Any, Converter] = {
         (arg_extreme("ArgMin"), (aten.argmin.default,)),
         (logical_reduced("ReduceMax"), (aten.any.default, aten.any.dim, aten.any.dims)),
         (logical_reduced("ReduceMin"), (aten.all.default, aten.all.dim, aten.all.dims)),
-        (var_mean, (aten.var_mean.correction,)),
         (vector_norm, (aten.linalg_vector_norm.default,)),
         (vector_norm, (aten.norm.ScalarOpt_dim, aten.norm.Scalar)),
         (cumulative_sum, (aten.cumsum.default,)),

@@ -148,6 +148,16 @@ def concatenate(b: Builder, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value
     return b.op("Concat", *kept, axis=dim)
 
 
+def join(axis: int) -> Converter:
+    """hstack, vstack: along the second (first) dimension, vectors along their only one (as rows)."""
+
+    def convert(b: Builder, parts: Sequence[ir.Value]) -> ir.Value:
+        parts = [p if rank(p) > 1 or axis else b.unsqueeze(p, 0) for p in parts]
+        return concatenate(b, parts, min(axis, rank(parts[0]) - 1))
+
+    return convert
+
+
 def stack(b: Builder, parts: Sequence[ir.Value], dim: int = 0) -> ir.Value:
     return b.op("Concat", *(b.unsqueeze(b.cast(p, b.dtype), dim) for p in parts), axis=dim)
 
@@ -427,6 +437,8 @@ SHAPE: dict[Any, Converter] = rows(
     (narrow, (aten.narrow.default,)),
     (select, (aten.select.int,)),
     (concatenate, (aten.cat.default, aten.concat.default)),
+    (join(0), (aten.vstack.default,)),
+    (join(1), (aten.hstack.default,)),
     (stack, (aten.stack.default,)),
     (split, (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
              aten.tensor_split.sections)),

@@ -41,8 +41,8 @@ def capture(
 
     ``dynamic_shapes`` is torch.export's; by default the batch dimension of every input, and the sequence dimension of
     integer, boolean and 3-D inputs, may vary where the model allows. An example of size 1 there is repeated to 2, since
-    export would otherwise fix it. Inputs whose examples have the same batch size share that dimension. Raises CaptureError, naming the module and the source line, or WeightError for
-    weights without values.
+    export would otherwise fix it. Inputs whose examples have the same batch size share that dimension. Raises
+    CaptureError, naming the module and the source line, or WeightError for weights without values.
     """
     begin = time.perf_counter()
     if isinstance(model, ExportedProgram):
@@ -395,11 +395,14 @@ def _plain(value: Any) -> Any:
 # --- errors ----------------------------------------------------------------------------------------------------------
 def _capture_error(model: nn.Module, exported: Exception, traced: Exception) -> CaptureError:
     where = _where(model, exported)
+    advice = ""
+    if hasattr(model, "set_experts_implementation"):
+        advice = "call model.set_experts_implementation('batched_mm') first, which has no loop over the experts; or "
     return CaptureError(
         f"cannot capture {type(model).__name__}{where}: {type(exported).__name__}: {_summary(exported, 400)}\n"
         f"torch.fx.symbolic_trace could not either: {type(traced).__name__}: {_summary(traced, 200)}\n"
-        f"What to do: replace data-dependent Python control flow at that line by tensor operators (torch.where, "
-        f"masks), move it out of forward, or compile the part of the model that has none."
+        f"What to do: {advice}replace data-dependent Python control flow at that line by tensor operators "
+        f"(torch.where, masks), move it out of forward, or compile the part of the model that has none."
     )
 
 

@@ -1,6 +1,7 @@
 """The command line: each command is a few lines over the API. Figures go to stdout, progress and errors to stderr.
 
-Exit codes: 0 done, 1 an error that fxquant names (printed as ``error: ...``), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error of the model, the config or the files (printed as ``error: ...``), 2 wrong usage,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ TOKENIZER = "tokenizer"
 
 
 class Commands(TyperGroup):
-    """Turns the errors that fxquant raises on purpose into one line on stderr and exit code 1."""
+    """Prints the errors that fxquant raises on purpose, and those of the file system, and exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except FxquantError as error:
+        except BrokenPipeError:
+            raise  # the reader of a pipe went away: click ends quietly
+        except (FxquantError, OSError) as error:
             console = Console(stderr=True, soft_wrap=True)
             console.print(Text.assemble(("error: ", "bold red"), (str(error), "red")))
             raise typer.Exit(1) from error

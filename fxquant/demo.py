@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fxquant import evaluate, hf, pipeline
+from fxquant import cli, evaluate, hf, pipeline
 from fxquant.errors import ModelError, SaveError
 from fxquant.program import Progress, quiet
 from fxquant.show.summary import ratio
@@ -61,7 +61,9 @@ class DemoResult:
         ]
         if self.source_quantized:
             lines.append(f"note            the float model is itself decoded from {self.source_quantized}")
-        return "\n".join([*lines, "", *table([("", ""), *self.files.items()])[1:]])
+        again = self.files["compiled"]
+        following = f"next: fxquant inspect {again} --layers, or fxquant explain {again} 'model.layers.0.*'"
+        return "\n".join([*lines, "", *table([("", ""), *self.files.items()])[1:], following])
 
 
 def find_model() -> Path:
@@ -112,7 +114,7 @@ def run_demo(
     with clock.stage("perplexity of the compiled model"):
         found["compiled, in torch"] = evaluate.perplexity(compiled, windows, progress=progress)
     with clock.stage("save"):
-        compiled.save(files["compiled"], overwrite=overwrite)
+        cli.save(compiled, files["compiled"], tokenizer=loaded.tokenizer, overwrite=overwrite)
     with clock.stage("export to ONNX"):
         compiled.export_onnx(files["onnx"], progress=progress)
     with clock.stage("perplexity in onnxruntime"):

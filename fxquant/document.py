@@ -13,7 +13,8 @@ and compiles it, but runs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -86,7 +87,11 @@ def float_weights(graph: fx.Graph) -> set[str]:
 
 
 def encode_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Json], dict[str, Tensor]]:
-    """The table of tensors, and those to be stored: on the CPU, contiguous, none overlapping another."""
+    """The table of tensors, and those to be stored: on the CPU, contiguous, none overlapping another.
+
+    A tensor whose dimensions lie in another order in memory (transposed, channels last) is stored in that order, which
+    the table says: it comes back with the same strides, so that every product of it is the same in every bit.
+    """
     table: dict[str, Json] = {}
     stored: dict[str, Tensor] = {}
     first: dict[tuple[object, ...], str] = {}
@@ -94,18 +99,28 @@ def encode_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Json], dict[s
     for key, value in found.items():
         if value.layout != torch.strided or value.is_meta or value.dtype == torch.complex128:
             raise MalformedError(
-                f"tensor {key!r} is {value.dtype} ({value.layout}, {value.device}); it cannot be stored"
+                f"tensor {key!r} is {value.dtype}, {value.layout}, on {value.device}: cannot be stored"
             )
         original = first.setdefault((*identity(value), value.numel() == 0 and key), key)
         if original != key:
             table[key] = {"same_as": original}
             continue
         table[key] = encode_type(TensorType(value.dtype, tuple(value.shape)))
-        plain_value = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        shared = plain_value.untyped_storage().data_ptr() in storages
-        stored[key] = plain_value.clone() if shared else plain_value
+        order = memory_order(value)
+        if order != sorted(order):
+            table[key]["order"] = order
+        dense = value.detach().resolve_conj().resolve_neg().cpu().permute(order).contiguous()
+        shared = dense.untyped_storage().data_ptr() in storages
+        stored[key] = dense.clone() if shared else dense
         storages.add(stored[key].untyped_storage().data_ptr())
     return table, stored
+
+
+def memory_order(value: Tensor) -> list[int]:
+    """The dimensions of a dense tensor by falling stride; as they are for one that is contiguous or has gaps."""
+    plain_order, strides = list(range(value.dim())), value.stride()
+    order = sorted(plain_order, key=lambda d: -strides[d])
+    return order if not value.is_contiguous() and value.permute(order).is_contiguous() else plain_order
 
 
 def encode_node(node: fx.Node) -> Json:
@@ -146,28 +161,43 @@ def check_header(document: Json) -> dict[str, Json]:
         raise MalformedError(f"the format version is {str(version)[:60]!r}; expected a number from 1 to {VERSION}")
     if version > VERSION:
         raise MalformedError(
-            f"it has format version {version}, written by fxquant {str(document.get('fxquant'))[:20]!r}, and this "
-            f"fxquant reads versions up to {VERSION}; upgrade fxquant"
+            f"it has format version {version}, of fxquant {str(document.get('fxquant'))[:20]!r}; known is {VERSION}",
+            "upgrade fxquant",
         )
     return fields(document, "the document", _KEYS)
 
 
-def tensor_table(document: Mapping[str, Json]) -> dict[str, TensorType | str]:
-    """What each tensor is: its type, or the name of the tensor it is tied to."""
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor: its type, and the order in which its dimensions lie in memory, outermost first."""
+
+    type: TensorType
+    order: tuple[int, ...]
+
+
+def tensor_table(document: Mapping[str, Json]) -> dict[str, Stored | str]:
+    """What each tensor is: a stored one, or the name of the one it is tied to."""
     found = document["tensors"]
     if not isinstance(found, dict):
         raise MalformedError("the table of tensors is not an object")
-    table: dict[str, TensorType | str] = {}
-    for key, value in found.items():
-        where = f"tensor {path(key, 'a tensor')!r}"
-        if isinstance(value, dict) and "same_as" in value:
-            table[key] = text(fields(value, where, ["same_as"])["same_as"], where)
-        else:
-            table[key] = decode_tensor_type(value, where)
+    check_names(path(key, "a tensor") for key in found)
+    table = {key: _entry(value, f"tensor {key!r}") for key, value in found.items()}
     for key, entry in table.items():
-        if isinstance(entry, str) and not isinstance(table.get(entry), TensorType):
+        if isinstance(entry, str) and not isinstance(table.get(entry), Stored):
             raise MalformedError(f"tensor {key!r} is tied to {entry[:100]!r}, which is not a stored tensor")
     return table
+
+
+def _entry(value: Json, where: str) -> Stored | str:
+    if isinstance(value, dict) and "same_as" in value:
+        return text(fields(value, where, ["same_as"])["same_as"], where)
+    found = fields(value, where, ["dtype", "shape"], ["order"])
+    type_ = decode_tensor_type({"dtype": found["dtype"], "shape": found["shape"]}, where)
+    dims = list(range(len(type_.shape)))
+    order = items(found.get("order", dims), f"the order of {where}")
+    if not all(type(d) is int for d in order) or sorted(order) != dims:
+        raise MalformedError(f"the order of {where} is {str(order)[:60]}; expected the dimensions {dims} in some order")
+    return Stored(type_, tuple(order))
 
 
 def decode(document: Json, stored: Mapping[str, Tensor]) -> tuple[Program, dict[str, Any]]:
@@ -188,20 +218,22 @@ def decode(document: Json, stored: Mapping[str, Tensor]) -> tuple[Program, dict[
     return Program(module_of(graph, constants), signature, decode_trace(found["trace"])), config
 
 
-def resolve(table: Mapping[str, TensorType | str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor by name, tied ones as the same tensor, each checked against its type in the table."""
-    own = {key: entry for key, entry in table.items() if isinstance(entry, TensorType)}
+def resolve(table: Mapping[str, Stored | str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor by name, tied ones as the same tensor, each checked against the table."""
+    own = {key: entry for key, entry in table.items() if isinstance(entry, Stored)}
     if missing := sorted(set(own) - set(stored)):
         raise MalformedError(f"tensor {missing[0]!r} is missing ({len(missing)} of {len(own)} are)")
     if extra := sorted(set(stored) - set(own)):
-        raise MalformedError(
-            f"tensor {extra[0][:100]!r} is there, but the graph does not name it ({len(extra)} in all)"
-        )
+        raise MalformedError(f"tensor {extra[0][:100]!r} is there, but not in the graph ({len(extra)} in all)")
+    found: dict[str, Tensor] = {}
     for key, entry in own.items():
-        got = TensorType(stored[key].dtype, tuple(stored[key].shape))
-        if got != entry:
-            raise MalformedError(f"tensor {key!r} is {got}; the graph says {entry}")
-    return {key: stored[entry] if isinstance(entry, str) else stored[key] for key, entry in table.items()}
+        value = stored[key]
+        want = TensorType(entry.type.dtype, tuple(entry.type.shape[d] for d in entry.order))
+        if (got := TensorType(value.dtype, tuple(value.shape))) != want:
+            raise MalformedError(f"tensor {key!r} is {got}; the graph says {want}")
+        inverse = sorted(range(len(entry.order)), key=entry.order.__getitem__)
+        found[key] = value if inverse == sorted(inverse) else value.permute(inverse)
+    return {key: found[entry] if isinstance(entry, str) else found[key] for key, entry in table.items()}
 
 
 def decode_graph(value: Json, constants: Mapping[str, Tensor]) -> fx.Graph:
@@ -278,7 +310,6 @@ def module_of(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.GraphModul
     """The graph with its tensors as buffers of a fresh module."""
     root = nn.Module()
     for key, value in constants.items():
-        check_place(root, key)
         attach(root, key, value)
     gm = fx.GraphModule(root, graph)
     for key in set(constants) - {str(node.target) for node in get_attrs(graph)}:
@@ -286,28 +317,19 @@ def module_of(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.GraphModul
     return gm
 
 
-def check_place(root: nn.Module, key: str) -> None:
+_RESERVED = frozenset(dir(nn.Module()))
+_RESERVED_FIRST = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+
+
+def check_names(names: Iterable[str]) -> None:
     """Raise MalformedError where a tensor's name would shadow a part of a module, or lies inside another tensor."""
-    *owners, leaf = key.split(".")
-    if (owners or [leaf])[0] in _RESERVED:
-        raise MalformedError(f"tensor {key!r} has a name that is reserved")
-    module: nn.Module = root
-    for part in owners:
-        child = getattr(module, part, None)
-        if child is None and not hasattr(module, part):
-            break
-        if not isinstance(child, nn.Module):
-            raise MalformedError(f"tensor {key!r} has a name that is reserved, or lies inside another tensor")
-        module = child
-    else:
-        if hasattr(module, leaf):
-            raise MalformedError(f"tensor {key!r} has a name that is reserved, or is that of a module")
-    if leaf in _RESERVED_LEAVES:
-        raise MalformedError(f"tensor {key!r} has a name that is reserved")
-
-
-_RESERVED_LEAVES = frozenset(dir(nn.Module()))
-_RESERVED = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+    paths = [key.split(".") for key in names]
+    owners = {".".join(parts[:end]) for parts in paths for end in range(1, len(parts))}
+    for parts in paths:
+        if parts[0] in _RESERVED_FIRST or not _RESERVED.isdisjoint(parts):
+            raise MalformedError(f"tensor {'.'.join(parts)!r} has a name that is reserved")
+        if ".".join(parts) in owners:
+            raise MalformedError(f"tensor {'.'.join(parts)!r} has the name of a module")
 
 
 # --- quantized weights -----------------------------------------------------------------------------------------------

@@ -35,7 +35,14 @@ Json = Any
 
 
 class MalformedError(ValueError):
-    """What is wrong with a document, or with a program to be written as one; save and load make it their own error."""
+    """What is wrong with a document, or with a program to be written as one; save and load make it their own error.
+
+    ``hint`` is what to do when it was a file that is wrong.
+    """
+
+    def __init__(self, what: str, hint: str = "the saved model is damaged or was changed: save it again") -> None:
+        super().__init__(what)
+        self.hint = hint
 
 
 _DTYPES = {

@@ -102,24 +102,30 @@ def _batched_layer(gm: fx.GraphModule, source: fx.Node) -> Layer | None:
     weight = fetch(gm, str(source.target))
     if weight.dim() != 3 or not weight.is_floating_point():
         return None
-    product, swapped = _reaches_product(source, False)
-    if product is None:
+    reached = _reaches_product(source, swapped=False)
+    if reached is None:
         return None
+    product, side, swapped = reached
+    stored_in_out = swapped if side == 0 else not swapped  # W x sums over W's last dimension, x W over the one before
     name = _name(product, str(source.target))
-    return Layer(name, "matmul", product, 1, source, source, weight, not swapped, channel_dims=2)
+    return Layer(name, "matmul", product, side, source, source, weight, stored_in_out, channel_dims=2)
 
 
-def _reaches_product(node: fx.Node, swapped: bool) -> tuple[fx.Node | None, bool]:
-    """The batched product whose right operand is ``node``, and whether its last two dims were swapped before."""
+def _is_product(target: Any) -> bool:
+    """A batched product: torch's, or the stand-in that transformers registers for it where torch has no kernel."""
+    return target in _PRODUCTS or str(target).startswith("transformers.grouped_mm_fallback")
+
+
+def _reaches_product(node: fx.Node, *, swapped: bool) -> tuple[fx.Node, int, bool] | None:
+    """The batched product that takes ``node``, on which side, and whether its last two dims were swapped before."""
     for user in node.users:
-        if user.target in _PRODUCTS and len(user.args) > 1 and user.args[1] is node:
-            return user, swapped
+        if _is_product(user.target) and node in user.args[:2]:
+            return user, user.args.index(node), swapped
         if user.target in _FOLLOWED and user.args[0] is node:
             swap = user.target is aten.transpose.int and {int(d) % 3 for d in user.args[1:3]} == {1, 2}  # type: ignore[arg-type]
-            product, result = _reaches_product(user, swapped ^ swap)
-            if product is not None:
-                return product, result
-    return None, swapped
+            if reached := _reaches_product(user, swapped=swapped ^ swap):
+                return reached
+    return None
 
 
 def _name(node: fx.Node, target: str) -> str:

@@ -14,8 +14,8 @@ from fxquant import ops, store  # noqa: F401  (ops: defines the operators)
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel
-from fxquant.config import Config, ConfigLike, load_config
-from fxquant.errors import CaptureError, ConfigError, near
+from fxquant.config import ConfigLike, load_config
+from fxquant.errors import CaptureError, ConfigError, LoadError, near
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
 from fxquant.passes.insert_qdq import INSERT_QDQ
@@ -64,7 +64,10 @@ def compile(
 def load(directory: str | Path) -> CompiledModel:
     """The compiled model saved in ``directory``. Nothing in it is executed. Raises LoadError for a damaged folder."""
     program, config = store.load(directory)
-    return CompiledModel(program, Config.model_validate(config))
+    try:
+        return CompiledModel(program, load_config(config))
+    except ConfigError as error:
+        raise LoadError(f"{directory}: the saved config is not valid, the folder was changed: {error}") from error
 
 
 def quantize_(

@@ -48,7 +48,8 @@ class Signature:
         """The flat tensors of a call, in graph order; InputError names what is missing, unknown or of a wrong type."""
         names = [i.name for i in self.inputs]
         given = self._positional(args, names)
-        for name, value in named_leaves(kwargs).items():
+        nested = {k: v for k, v in kwargs.items() if k not in names}
+        for name, value in {**{k: v for k, v in kwargs.items() if k in names}, **named_leaves(nested)}.items():
             if name in self.fixed or (name not in names and value is None):
                 self._check_fixed(name, value)
             elif name not in names:

@@ -122,10 +122,7 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
         file = folder
         return decode(document, stored)
     except MalformedError as error:
-        hint = (
-            "" if "upgrade" in str(error) else ". The saved model is damaged or was changed: copy it or save it again"
-        )
-        raise LoadError(f"{file}: {error}{hint}") from None
+        raise LoadError(f"{file}: {error}; {error.hint}") from None
     except Exception as error:  # a file made to break its reader gets the same answer as any other bad file
         raise LoadError(f"{file} cannot be read: {type(error).__name__}: {str(error)[:300]}; save it again") from error
 

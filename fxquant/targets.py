@@ -95,6 +95,7 @@ _PYTHON_NAMES = {function: name for name, (function, _) in PYTHON.items()}
 _NAMESPACES: dict[str, tuple[frozenset[str], Any]] = {
     "aten": (ATEN, torch.ops.aten),
     "fxquant": (FXQUANT, torch.ops.fxquant),
+    "transformers": (frozenset({"grouped_mm_fallback"}), torch.ops.transformers),  # there once transformers is imported
 }
 
 
@@ -120,7 +121,7 @@ def decode_target(name: str) -> Callable[..., Any]:
         raise ValueError(f"operator {name[:100]!r} is not one that a saved graph may call")
     packet = getattr(owner, base, None)
     if packet is None or overload not in packet.overloads():
-        raise ValueError(f"this version of torch ({torch.__version__}) has no operator {name[:100]!r}")
+        raise ValueError(f"torch {torch.__version__} has no operator {name[:100]!r}; import the package it comes from")
     found: torch._ops.OpOverload = getattr(packet, overload)
     if found._schema.is_mutable:
         raise ValueError(f"operator {name!r} writes to its arguments; a saved graph may not call it")

@@ -49,6 +49,17 @@ class Experts(nn.Module):
         return torch.bmm(torch.bmm(x, self.up).relu(), self.down.transpose(1, 2))
 
 
+class RoutedExperts(nn.Module):
+    """Each token's expert picked by index, with the weight as the left operand: bmm(W[ids], x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 12, 8))  # [experts, out, in]
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return torch.bmm(self.weight[ids], x.unsqueeze(-1)).squeeze(-1)
+
+
 class Conv1D(nn.Module):
     """A linear stored [in, out], as GPT-2 has it: addmm(bias, x, W)."""
 

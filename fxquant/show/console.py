@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -67,27 +68,46 @@ def progress_bars() -> Iterator[program.Progress]:
         yield _Bars(bars)
 
 
+@dataclass
+class _Bar:
+    task: TaskID
+    what: str
+    done: int
+    total: int
+
+
 class _Bars:
-    """A bar for each ``what``. One of unknown length goes when the next thing begins, others when they are full."""
+    """A stack of bars, the innermost last.
+
+    ``(name, i, n)`` moves the bar of that name, or the one of n steps of which step i is next, since steps have names
+    of their own. Anything else opens a bar below it. One of unknown length goes when the next thing begins.
+    """
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
-        self.tasks: dict[str, TaskID] = {}
-        self.endless: set[str] = set()
+        self.stack: list[_Bar] = []
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        for name in self.endless - {what}:
-            self._drop(name)
+        at = self._find(what, done, total)
+        if at is None:
+            self._cut(next((i for i, bar in enumerate(self.stack) if not bar.total), len(self.stack)))
+            at = len(self.stack)
+            self.stack.append(_Bar(self.bars.add_task(""), what, done, total))
+        self._cut(at + 1)
         if total and done >= total:
-            self._drop(what)
+            self._cut(at)
             return
-        if what not in self.tasks:
-            self.tasks[what] = self.bars.add_task(what.replace("_", " "), total=total or None)
-        if not total:
-            self.endless.add(what)
-        self.bars.update(self.tasks[what], completed=done, total=total or None)
+        bar = self.stack[at]
+        bar.what, bar.done, bar.total = what, done, total
+        self.bars.update(bar.task, description=what.replace("_", " "), completed=done, total=total or None)
 
-    def _drop(self, what: str) -> None:
-        self.endless.discard(what)
-        if what in self.tasks:
-            self.bars.remove_task(self.tasks.pop(what))
+    def _find(self, what: str, done: int, total: int) -> int | None:
+        for i, bar in reversed(list(enumerate(self.stack))):
+            if bar.what == what or (0 < total == bar.total and bar.done < done):
+                return i
+        return None
+
+    def _cut(self, length: int) -> None:
+        for bar in self.stack[length:]:
+            self.bars.remove_task(bar.task)
+        del self.stack[length:]

@@ -158,7 +158,7 @@ def _index(text: str) -> dict[str, list[tuple[int, str]]]:
 def _events(step: Step) -> dict[str, list[str]]:
     """Rewrites and declines of a step as text, by node and by layer."""
     found: dict[str, list[str]] = {}
-    told = [(r.node, r.layer, f"rewrote: {r.rule} {r.detail or '%' + r.node}") for r in step.rewrites]
+    told = [(r.node, r.layer, f"rewrote: {r.rule} {r.detail or r.node}") for r in step.rewrites]
     told += [(d.node, d.layer, f"declined: {d.rule}, since {d.reason}") for d in step.declines]
     for node, layer, text in told:
         for key in {node, layer}:

@@ -20,13 +20,26 @@ from fxquant.codegen.onnx_export import export_onnx
 Case = tuple[str, Callable[..., Any], Sequence[Tensor]]
 
 
-class Calls(nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
+def module(function: Callable[..., Any], count: int) -> nn.Module:
+    """A module whose forward calls ``function`` on ``count`` named inputs."""
 
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(*args)
+    class One(nn.Module):
+        def forward(self, a: Tensor) -> Any:
+            return function(a)
+
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Any:
+            return function(a, b)
+
+    class Three(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Any:
+            return function(a, b, c)
+
+    class Four(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Any:
+            return function(a, b, c, d)
+
+    return (One, Two, Three, Four)[count - 1]()
 
 
 def randn(*shape: int) -> Tensor:
@@ -44,21 +57,25 @@ MASK = torch.ones(2, 1, 7, 6, dtype=torch.bool).tril()
 BLIND = MASK & (torch.arange(7) != 3)[:, None]
 ROWS = torch.tensor([[0, 2], [1, -1]])
 
-ON_FLOAT = (
-    "abs neg exp sin cos tan sinh cosh atan asinh tanh sigmoid erf floor ceil round trunc sign relu isnan isinf square "
-    "logical_not expm1 erfc zeros_like ones_like clone sum mean std var argmax argmin amax amin any all prod"
-).split()  # fmt: skip
+ON_FLOAT = [line.split() for line in (
+    "abs neg exp sin cos tan sinh cosh atan asinh tanh sigmoid erf expm1 erfc square clone zeros_like ones_like",
+    "floor ceil round trunc sign relu isnan isinf logical_not any all",
+    "sum mean std var argmax argmin amax amin prod",
+)]  # fmt: skip
 ON_POSITIVE = "log log2 log10 log1p sqrt rsqrt reciprocal acosh".split()
-ACTIVATIONS = (
-    "gelu silu elu celu selu leaky_relu hardtanh relu6 hardsigmoid hardswish softplus mish logsigmoid softsign "
-    "hardshrink tanhshrink"
-).split()[:13]  # fmt: skip
+ACTIVATIONS = "gelu silu elu celu selu leaky_relu hardtanh relu6 hardsigmoid hardswish softplus mish logsigmoid".split()
+
+
+def each(owner: Any, names: Sequence[str]) -> Callable[[Tensor], Any]:
+    """A function that returns the results of several."""
+    return lambda x: [getattr(owner, name)(x) for name in names]
+
 
 UNARY: list[Case] = [
-    *((name, getattr(torch, name), (X,)) for name in ON_FLOAT),
-    *((name, getattr(torch, name), (POSITIVE + 1,)) for name in ON_POSITIVE),
-    *((name, getattr(torch, name), (UNIT,)) for name in ("asin", "acos", "atanh")),
-    *((name, getattr(F, name), (X * 3,)) for name in ACTIVATIONS),
+    *((" ".join(names), each(torch, names), (X,)) for names in ON_FLOAT),
+    ("positive", each(torch, ON_POSITIVE), (POSITIVE + 1,)),
+    ("inverse", each(torch, ["asin", "acos", "atanh"]), (UNIT,)),
+    ("activations", each(F, ACTIVATIONS), (X * 3,)),
     ("exp of integers", torch.exp, (I,)),
     ("gelu tanh", lambda x: F.gelu(x, approximate="tanh"), (X,)),
     ("glu", lambda x: F.glu(x, dim=0), (randn(4, 3),)),
@@ -69,8 +86,8 @@ UNARY: list[Case] = [
 ]
 BINARY: list[Case] = [
     ("add alpha", lambda x, y: torch.add(x, y, alpha=2) + 1, (X, POSITIVE)),
-    ("int plus float", lambda i, x: (i + x, i + 1.5, i * 2, i - True), (I, X)),
-    ("rank 0 does not promote", lambda x, s: (x.half() + s).float(), (X, torch.tensor(2.0))),
+    ("int plus float", lambda i, x: (i + x, i + 1.5, i * 2, i + True), (I, X)),
+    ("rank 0 does not promote", lambda x, s: x.half() + s, (X, torch.tensor(2.0))),
     ("bool arithmetic", lambda a, b: (a + b, a * b, a + 1, a * 2.0), (B, ~B)),
     ("narrow integers", lambda a: (a + a, a * 3, a.to(torch.int8) - 100), (I.abs().to(torch.uint8),)),
     ("rsub", lambda x: (1 - x, torch.rsub(x, x, alpha=3)), (X,)),
@@ -94,18 +111,18 @@ SHAPES: list[Case] = [
     ("flatten", lambda x: (x.flatten(1), x.flatten(), x.flatten(2).unflatten(1, (2, 2))), (IMAGE,)),
     ("squeeze", lambda x: (x.unsqueeze(1).squeeze(), x.unsqueeze(0).squeeze(0), x.squeeze(1)), (X,)),
     ("permute", lambda x: (x.permute(0, 2, 3, 1), x.transpose(-1, 1), x.mT, torch.movedim(x, 1, -1)), (IMAGE,)),
-    ("expand", lambda x: (x.unsqueeze(1).expand(-1, 4, -1), x[:1].expand(3, 5), x[None].expand_as(x)), (X,)),
+    ("expand", lambda x: (x.unsqueeze(1).expand(-1, 4, -1), x[:1].expand(3, 5), x[:1].expand_as(x)), (X,)),
     ("repeat", lambda x: (x.repeat(2, 1, 3), x.repeat_interleave(2, dim=1), x.repeat_interleave(3)), (X,)),
     ("roll", lambda x: (x.roll(2, 1), x.roll((1, -1), (0, 1)), x.flip(0, 1)), (X,)),
     ("slice", lambda x: (x[:, 1:-1], x[:, ::2], x[1:], x[..., -3:], x.narrow(1, 1, 2), x[:, 3], x[-1]), (X,)),
-    ("cat", lambda x, i: (torch.cat([x, i], 1), torch.stack([x, x], 1), torch.hstack([x, x])), (X, I)),
+    ("cat", lambda x, i: (torch.cat([x, i], 1), torch.stack([x, x], 1), torch.hstack([x, x]), torch.vstack([x, x[:1]])), (X, I)),
     ("split", lambda x: (*x.split(2, 1), *x.split([1, 4], 1), *x.chunk(2, 1), *x.tensor_split(3, 1)), (X,)),
     ("unbind", lambda x: x.unbind(1), (X,)),
     ("index rows", lambda x, r: (x[r], x[:, r]), (X, ROWS)),
     ("index pairs", lambda x, r: (x[r, r], x[r[:, :1], r[:1]], x[r % 3, :, r], x[:, r[0], r[1]]), (randn(5, 4, 6), ROWS)),
     ("index mask", lambda x, b: x[b], (X, B)),
     ("index_put", lambda x, r: x.index_put((r[0],), x[0], accumulate=True), (X, ROWS)),
-    ("gather", lambda x, i: (x.gather(1, i), x.index_select(1, i[0]), torch.take_along_dim(x, i, 1)), (X, I.abs() % 5)),
+    ("gather", lambda x, i: (x.gather(1, i), x.index_select(1, i[0])), (X, I.abs() % 5)),
     ("scatter", lambda x, i: (x.scatter(1, i, x), x.scatter(1, i, 2.0), x.scatter_add(1, i, x)), (X, torch.arange(5).repeat(3, 1))),
     ("slice_scatter", lambda x: (x.slice_scatter(x[:, :2] * 2, 1, 1, 3), x.select_scatter(x[:, 0], 1, 2)), (X,)),
     ("triu", lambda x, b: (x.triu(), x.tril(-1), b.triu(1), x.int().tril()), (randn(5, 5), ints(5, 5) > 0)),
@@ -116,14 +133,14 @@ SHAPES: list[Case] = [
     ("linspace", lambda x: torch.linspace(0, 1, 5) + x, (X,)),
     ("eye", lambda x: torch.eye(5) + x[0], (X,)),
     ("one_hot", lambda i: F.one_hot(i, 9), (I.abs(),)),
-    ("meshgrid", lambda x, i: torch.meshgrid(x, i, indexing="ij"), (X[0], I[0])),
+    ("meshgrid", lambda x, i: torch.meshgrid(x, i, indexing="ij"), (X[0], X[1, :3])),
     ("sizes", lambda x: x * (x.shape[0] // 2 + x.shape[0] % 2) + x.shape[0] ** 2 - max(x.shape[0], 4), (X,)),
 ]
 REDUCTIONS: list[Case] = [
     ("along", lambda x: (x.sum(1), x.mean((0, 1), keepdim=True), x.amax(-1), x.amin(0), x.prod(1), x.std(1)), (X,)),
     ("of integers", lambda i, b: (i.sum(), b.sum(1), b.any(1), b.all(0), i.max(), i.min(), i.amax(0)), (I, B)),
     ("max dim", lambda x, i: (*x.max(1), *i.min(0, keepdim=True), x.argmax(1, keepdim=True), i.argmin(0)), (X, I)),
-    ("var", lambda x: (x.var(1, correction=0), x.var(unbiased=False), *torch.var_mean(x, 1), x.std((0, 1), correction=2)), (X,)),
+    ("var", lambda x: (x.var(1, correction=0), x.var(unbiased=False), *torch.var_mean(x, 1), *torch.std_mean(x, dim=(0, 1), keepdim=True), x.std((0, 1), correction=2)), (X,)),
     ("norm", lambda x: (x.norm(dim=1), torch.linalg.vector_norm(x, 1, dim=0), F.normalize(x), x.logsumexp(1)), (X,)),
     ("cumsum", lambda x, b: (x.cumsum(1), b.cumsum(0), x.cumsum(-1, dtype=torch.double)), (X, B)),
     ("diff", lambda x: (x.diff(), x.diff(n=2, dim=0), x.diff(prepend=x[:, :1], append=x[:, :2])), (X,)),
@@ -167,7 +184,7 @@ CASES = [*UNARY, *BINARY, *SHAPES, *REDUCTIONS, *LAYERS]
 @pytest.mark.parametrize(("name", "function", "inputs"), CASES, ids=[c[0] for c in CASES])
 def test_operator(name: str, function: Callable[..., Any], inputs: Sequence[Tensor], tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    program = capture(Calls(function), tuple(inputs))
+    program = capture(module(function, len(inputs)), tuple(inputs))
     export_onnx(program, path)
     onnx.checker.check_model(str(path), full_check=True)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -178,4 +195,5 @@ def test_operator(name: str, function: Callable[..., Any], inputs: Sequence[Tens
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.numpy().dtype
         assert a.shape == tuple(b.shape)
-        np.testing.assert_allclose(a, b.numpy(), rtol=2e-5, atol=2e-6)
+        rough = a.dtype == np.float16
+        np.testing.assert_allclose(a, b.numpy(), rtol=1e-3 if rough else 2e-5, atol=2e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import Conv1D, Convolutions, Experts, Tied, mlp
+from tiny_models import Conv1D, Convolutions, Experts, RoutedExperts, Tied, mlp
 
 import fxquant
 from fxquant.capture import capture
@@ -69,6 +69,16 @@ def test_experts_share_scales_along_what_is_summed_over() -> None:
     want = torch.bmm(torch.bmm(x, up).relu(), down.transpose(1, 2))
     assert torch.allclose(program(x), want, rtol=1e-6, atol=1e-6)
     assert rewrites(program) == {"up": "e3m2/channel", "down": "e3m2/channel"}
+
+
+def test_experts_as_the_left_operand() -> None:
+    model, x, ids = RoutedExperts(), torch.randn(5, 8), torch.tensor([0, 2, 1, 1, 0])
+    program = capture(model.eval(), (x, ids))
+    run(program, [Stage(NORMALIZE), Stage(INSERT_QDQ, {"rules": EVERYTHING})], check=verify)
+    rounded = fxquant.quantize_tensor(model.weight.data, E3M2, channel_dims=2).dequantize()
+    want = torch.stack([rounded[i] @ v for i, v in zip(ids, x, strict=True)])
+    assert torch.allclose(program(x, ids), want, rtol=1e-5, atol=1e-5)
+    assert len(rewrites(program)) == 1
 
 
 def test_the_float_weight_stays_until_lowering() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -102,14 +101,8 @@ def test_changed_parts_of_a_line_are_marked() -> None:
     ]
 
 
-@pytest.fixture
-def small_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def test_what_is_too_long_is_left_out_and_said(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "BUDGET", dict.fromkeys(html.BUDGET, 900))
-    yield
-
-
-@pytest.mark.usefixtures("small_budget")
-def test_what_is_too_long_is_left_out_and_said(program: Program) -> None:
     page = report(program)
     parse(page)
     assert re.search(r"\d+ more lines left out", page)

