@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fxquant
-from fxquant.demo import smollm2_path
+from fxquant.demo import find_model
 from fxquant.hf import load_model
 
 
@@ -33,14 +33,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     runs = parser.parse_args().runs
-    loaded = load_model(smollm2_path())
+    loaded = load_model(find_model())
     parameters = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     before = peak_bytes()
     best, median, compiled = timed(lambda: fxquant.compile(loaded.model, loaded.example_inputs), runs)
     assert isinstance(compiled, fxquant.CompiledModel)
     passes = sum(step.seconds for step in compiled.program.trace[1:])
     print(f"compile      best {best:6.2f} s  median {median:6.2f} s, of which the passes {passes:.2f} s")
-    print(f"             peak memory {peak_bytes() / parameters:.2f}x the float model ({before / parameters:.2f}x before)")
+    after = peak_bytes()
+    print(f"             peak memory {after / parameters:.2f}x the float model ({before / parameters:.2f}x before it)")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         best, median, _ = timed(lambda: compiled.save(out, overwrite=True), runs)

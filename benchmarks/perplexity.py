@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 
-import torch
-
 import fxquant
-from fxquant.demo import smollm2_path
+from fxquant.demo import find_model
 from fxquant.evaluate import perplexity, text_windows
 from fxquant.hf import load_model
 
@@ -29,14 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print only JSON")
     arguments = parser.parse_args()
-    loaded = load_model(smollm2_path())
+    loaded = load_model(find_model())
     windows = text_windows(loaded.tokenizer)[-2:]
     rows = {}
     for name, want in REFERENCE.items():
         if name == "float":
-            with torch.no_grad():
-                got = perplexity(lambda input_ids: loaded.model(input_ids=input_ids, use_cache=False), windows).value
-            size = None
+            got, size = perplexity(loaded.model, windows).value, None
         else:
             config = {"rules": [{"match": "*", "weight": name}]}
             compiled = fxquant.compile(loaded.model, loaded.example_inputs, config=config)

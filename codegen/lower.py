@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxquant import packing
 from fxquant.graph import info, update_info
+from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program
 from fxquant.rewrite import (
     Call,
@@ -30,8 +30,6 @@ from fxquant.rewrite import (
     get_attr,
 )  # fmt: skip
 from fxquant.scheme import parse_spec
-
-ops: Any = torch.ops.fxquant
 
 
 def lower(program: Program, settings: Mapping[str, Any]) -> Log:

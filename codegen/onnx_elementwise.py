@@ -15,7 +15,14 @@ import onnx_ir as ir
 import torch
 
 from fxquant.codegen.onnx_builder import (
-    FLOATS, NARROW, Arg, Builder, T, Unsupported, as_number, promote,
+    FLOATS,
+    NARROW,
+    Arg,
+    Builder,
+    T,
+    Unsupported,
+    as_number,
+    promote,
 )  # fmt: skip
 from fxquant.rewrite import aten
 

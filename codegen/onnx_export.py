@@ -21,7 +21,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import TorchTensor
-from torch import Tensor, fx
+from torch import fx
 
 from fxquant.codegen.onnx_builder import Builder, Unsupported, is_number, onnx_dtype
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
@@ -179,10 +179,10 @@ class _Exporter:
         """The graph's outputs, renamed as the signature says; what is no node's own result goes through Identity."""
         found: list[ir.Value] = []
         taken: set[str] = set()
-        own = {id(v) for v in found}
+        own: set[int] = set()
+        self.builder.at(node)
         for item, name in zip(node.args[0], self.results, strict=True):  # type: ignore[arg-type]
             value = self.env[item] if isinstance(item, fx.Node) else item
-            self.builder.at(node)
             if not isinstance(value, ir.Value):
                 value = self.builder.const(value)
             while name in taken or name in {i.name for i in self.inputs}:

@@ -204,6 +204,10 @@ _BODIES: dict[str, tuple[Callable[..., ir.Value], tuple[str, ...], dict[str, ir.
 }
 
 
+_LAYERS = ("Linear", "LinearBias", "Conv2d")
+"""Operators that compute in the dtype of x; the others give float32."""
+
+
 def function(op: str, format: Format, needs: frozenset[str], opset: int) -> ir.Function:
     """The model-local function of operator ``op`` on ``format``, as simple as ``needs`` allows."""
     body, names, attributes = _BODIES[op]
@@ -231,12 +235,13 @@ def _call(b: Builder, op: str, spec: QuantSpec, inputs: Sequence[ir.Value | None
     """The node of ``op``; what it asks of the operator's function is noted."""
     size = spec.group_size(cols)
     unit = 8 // min(planes(spec.format.bits))
-    asks = {"grouped": size < cols, "ragged": bool(cols % unit or cols % size), "cast": b.dtype != T.FLOAT,
+    asks = {"grouped": size < cols, "ragged": bool(cols % unit or cols % size), "cast": op in _LAYERS and b.dtype != T.FLOAT,
             "scale": spec.scale != "fp32"}  # fmt: skip
     key = (op, spec.format)
     b.calls[key] = b.calls.get(key, frozenset()) | {name for name, asked in asks.items() if asked}
     name = op_type(op, spec.format)
-    return b.op(name, *inputs, domain=DOMAIN, dtype=b.dtype, cols=cols, group_size=size, **attributes)
+    dtype = b.dtype if op in _LAYERS else T.FLOAT
+    return b.op(name, *inputs, domain=DOMAIN, dtype=dtype, cols=cols, group_size=size, **attributes)
 
 
 def _weight(packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> list[ir.Value]:
@@ -268,14 +273,16 @@ def conv2d_wq(b: Builder, x: ir.Value, packed: ir.Value, scale: ir.Value, zero_p
 
 
 def embedding_wq(b: Builder, indices: ir.Value, packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None,
-                 spec: str, shape: Sequence[int]) -> ir.Value:  # fmt: skip
-    return _call(b, "Embedding", parse_spec(spec), [indices, *_weight(packed, scale, zero_point)], _cols(packed, shape))
+                 spec: str, shape: Sequence[int], **_: Any) -> ir.Value:  # fmt: skip
+    inputs = [indices, *_weight(packed, scale, zero_point)]
+    return b.cast(_call(b, "Embedding", parse_spec(spec), inputs, _cols(packed, shape)), b.dtype)
 
 
 def _dequantized(op: str) -> Converter:
-    def convert(b: Builder, packed: ir.Value, scale: Arg, zero_point: Arg, spec: str, shape: Sequence[int]) -> ir.Value:
+    def convert(b: Builder, packed: ir.Value, scale: Arg, zero_point: Arg, spec: str, shape: Sequence[int], **_: Any) -> ir.Value:
         inputs = _weight(packed, scale, zero_point)
-        return _call(b, op, parse_spec(spec), inputs, _cols(packed, shape), weight_shape=list(shape))
+        value = _call(b, op, parse_spec(spec), inputs, _cols(packed, shape), weight_shape=list(shape))
+        return b.cast(value, b.dtype)
 
     return convert
 

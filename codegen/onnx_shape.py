@@ -10,7 +10,16 @@ import numpy as np
 import onnx_ir as ir
 
 from fxquant.codegen.onnx_builder import (
-    FLOATS, UNKNOWN, Arg, Builder, T, Unsupported, as_number, dims, is_number, rank,
+    FLOATS,
+    UNKNOWN,
+    Arg,
+    Builder,
+    T,
+    Unsupported,
+    as_number,
+    dims,
+    is_number,
+    rank,
 )  # fmt: skip
 from fxquant.codegen.onnx_elementwise import Converter, arithmetic, rows
 from fxquant.dims import Dim

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,9 +22,6 @@ from fxquant.errors import FxquantError, InputError, ModelError
 if TYPE_CHECKING:
     from fxquant.compiled import CompiledModel
     from fxquant.program import Progress
-
-TOKENIZER = "tokenizer"
-"""Where in a compiled folder the tokenizer lies, if the model came with one."""
 
 
 class Commands(TyperGroup):
@@ -104,13 +100,12 @@ def compile_(
     from fxquant.show.console import progress_bars
 
     settings = load_config(config)
-    if not (overwrite and _has_tokenizer(out)):
-        store.check_place(out.absolute(), overwrite)
+    store.check_place(out.absolute(), overwrite)
     with progress_bars() as progress:
         loaded = hf.load_model(model, progress=progress)
         compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, progress=progress)
         progress("save", 0, 0)
-        save(compiled, out, tokenizer=loaded.tokenizer, overwrite=overwrite)
+        compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
     if loaded.quantized:
         _note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")
     summary = compiled.summary()
@@ -319,20 +314,6 @@ def recipes(as_json: Json = False) -> None:
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
-def save(compiled: CompiledModel, out: Path, *, tokenizer: Any | None, overwrite: bool) -> None:
-    """Save a compiled model with the tokenizer inside its folder, for ``fxquant eval``."""
-    if overwrite and _has_tokenizer(out):
-        shutil.rmtree(out / TOKENIZER)
-    compiled.save(out, overwrite=overwrite)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out / TOKENIZER)
-
-
-def _has_tokenizer(out: Path) -> bool:
-    """Whether ``out`` is a compiled folder with a tokenizer that ``save`` put there."""
-    return (out / "graph.json").is_file() and (out / TOKENIZER).is_dir() and not (out / TOKENIZER).is_symlink()
-
-
 def _load(out: Path) -> CompiledModel:
     from fxquant import pipeline
 
@@ -362,6 +343,8 @@ def _tokenizer(folder: Path | None, model: Path) -> Any:
 
     if folder is None:
         raise InputError(f"{model} has no tokenizer; give the folder of one with --tokenizer FOLDER")
+    from fxquant.store import TOKENIZER
+
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not (place / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")

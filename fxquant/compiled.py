@@ -31,9 +31,13 @@ class CompiledModel:
         with torch.no_grad():
             return self.program(*args, **kwargs)
 
-    def save(self, directory: str | Path, *, overwrite: bool = False) -> None:
-        """Write the folder ``directory``: graph.json, and model.safetensors with packed weights. Raises SaveError."""
-        store.save(self.program, directory, config=self.config.to_dict(), overwrite=overwrite)
+    def save(self, directory: str | Path, *, tokenizer: Any | None = None, overwrite: bool = False) -> None:
+        """Write the folder ``directory``: graph.json, and model.safetensors with packed weights. Raises SaveError.
+
+        A ``tokenizer`` is saved beside them, so that ``fxquant eval`` finds it. ``overwrite`` replaces a saved model.
+        """
+        config = self.config.to_dict()
+        store.save(self.program, directory, config=config, tokenizer=tokenizer, overwrite=overwrite)
 
     def export_onnx(self, path: str | Path, *, opset: int = 21, progress: Progress = quiet) -> None:
         """Write an ONNX file whose weights stay packed and which plain onnxruntime runs. Raises ExportError."""

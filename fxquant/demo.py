@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fxquant import cli, evaluate, hf, pipeline
+from fxquant import evaluate, hf, pipeline
 from fxquant.errors import ModelError, SaveError
 from fxquant.program import Progress, quiet
 from fxquant.show.summary import ratio
@@ -114,7 +114,7 @@ def run_demo(
     with clock.stage("perplexity of the compiled model"):
         found["compiled, in torch"] = evaluate.perplexity(compiled, windows, progress=progress)
     with clock.stage("save"):
-        cli.save(compiled, files["compiled"], tokenizer=loaded.tokenizer, overwrite=overwrite)
+        compiled.save(files["compiled"], tokenizer=loaded.tokenizer, overwrite=overwrite)
     with clock.stage("export to ONNX"):
         compiled.export_onnx(files["onnx"], progress=progress)
     with clock.stage("perplexity in onnxruntime"):

@@ -91,5 +91,10 @@ def tensor_type(node: fx.Node) -> TensorType:
     return found
 
 
+def type_text(value: ValueType | None) -> str:
+    """A type as text: ``float32[batch, 8]``, ``int(batch)``, ``(float32[2], int64[2])``."""
+    return f"({', '.join(map(type_text, value))})" if isinstance(value, tuple) else str(value)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

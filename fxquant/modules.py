@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fxquant.errors import CaptureError
 from fxquant.graph import info
+from fxquant.ops import operators as ops
 from fxquant.program import Program
 from fxquant.rewrite import fetch
-
-ops: Any = torch.ops.fxquant
 
 
 class PackedWeight(nn.Module):

@@ -46,6 +46,9 @@ SCHEMAS = (
 )
 # quantize and dequantize: the QDQ form that passes edit. The rest: what lowering makes of it.
 
+operators: Any = torch.ops.fxquant
+"""The registered operators: import them from here, and they are sure to be defined."""
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _schema in SCHEMAS:
     _library.define(_schema)

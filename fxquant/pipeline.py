@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxquant import ops, store  # noqa: F401  (ops: defines the operators)
+from fxquant import store
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.graph import info
+from fxquant.graph import info, type_text
 from fxquant.rewrite import Declined, Log, Rewrite
 from fxquant.signature import Signature
 
@@ -115,7 +115,7 @@ def text(gm: fx.GraphModule) -> str:
 def line(node: fx.Node) -> str:
     """One node as a line of text."""
     found = info(node)
-    left = f"%{node.name} : {found.type}" if found.type is not None else f"%{node.name}"
+    left = f"%{node.name} : {type_text(found.type)}" if found.type is not None else f"%{node.name}"
     if node.op == "placeholder":
         return f"{left} = input"
     if node.op == "get_attr":

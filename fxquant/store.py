@@ -24,12 +24,21 @@ from fxquant.encoding import Json, MalformedError
 from fxquant.errors import LoadError, SaveError
 from fxquant.program import Program
 
-GRAPH, WEIGHTS = "graph.json", "model.safetensors"
+GRAPH, WEIGHTS, TOKENIZER = "graph.json", "model.safetensors", "tokenizer"
 _MAX_JSON = 1 << 26  # 64 MiB; a graph of 2000 nodes with its trace takes about 2
 
 
-def save(program: Program, directory: str | Path, *, config: Mapping[str, Any], overwrite: bool = False) -> None:
+def save(
+    program: Program,
+    directory: str | Path,
+    *,
+    config: Mapping[str, Any],
+    tokenizer: Any | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write ``program`` and its plain-data ``config`` to the new folder ``directory``.
+
+    A ``tokenizer`` (whatever has ``save_pretrained``) goes into its folder ``tokenizer``, for evaluation.
 
     With ``overwrite`` a saved model that is there already is replaced; any other folder never is. Raises SaveError,
     and leaves what was there as it was, for a program that a saved model cannot hold (naming the node), a folder that
@@ -49,6 +58,8 @@ def save(program: Program, directory: str | Path, *, config: Mapping[str, Any], 
     try:
         temporary.mkdir()
         _write(temporary, content, tensors)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary / TOKENIZER))
         _move(temporary, target)
     except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
         raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
@@ -65,10 +76,10 @@ def check_place(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise SaveError(f"{target} exists already; choose another folder, or allow it to be overwritten")
+        raise SaveError(f"{target} exists already; choose another folder, or pass overwrite (--overwrite)")
     if target.is_symlink() or not target.is_dir():
         raise SaveError(f"{target} is not a folder, so it is not overwritten; remove it or choose another place")
-    if others := sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS}):
+    if others := sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TOKENIZER}):
         raise SaveError(
             f"{target} holds {others[0]!r}, which is not part of a saved model, so it is not overwritten; "
             f"move that away or choose another folder"

@@ -12,6 +12,7 @@ from fxquant import packing
 from fxquant.errors import FormatError, VerifyError
 from fxquant.graph import TensorType, info
 from fxquant.ops import is_op, matrix_shape
+from fxquant.ops import operators as ops
 from fxquant.qtensor import check_scale
 from fxquant.rewrite import fetch
 from fxquant.scheme import QuantSpec, parse_spec
@@ -59,7 +60,7 @@ def weight_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
     spec, shape = _spec_and_shape(node)
     if bytes_ is None or scale is None:
         return None  # computed in the graph
-    if node.target is torch.ops.fxquant.dequantize.default:
+    if node.target is ops.dequantize.default:
         return _codes_problem(bytes_, scale, zero_point, spec, shape)
     rows, cols = matrix_shape(shape, bytes_.shape[0])
     want = packing.packed_shape((rows, cols), spec.format.bits)
@@ -69,11 +70,11 @@ def weight_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 _WEIGHT_AT: dict[Any, int] = {
-    torch.ops.fxquant.dequantize.default: 0,
-    torch.ops.fxquant.dequantize_packed.default: 0,
-    torch.ops.fxquant.linear_wq.default: 1,
-    torch.ops.fxquant.conv2d_wq.default: 1,
-    torch.ops.fxquant.embedding_wq.default: 1,
+    ops.dequantize.default: 0,
+    ops.dequantize_packed.default: 0,
+    ops.linear_wq.default: 1,
+    ops.conv2d_wq.default: 1,
+    ops.embedding_wq.default: 1,
 }  # operator -> position of its codes, followed by scale and zero point
 
 

@@ -15,6 +15,7 @@ from torch import fx
 
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, set_info, update_info
 from fxquant.layers import Layer, find_layers, ties
+from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
 from fxquant.rewrite import Decline, Log, aten, attach, get_attr
@@ -29,7 +30,7 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
     progress = settings.get("progress", quiet)
     layers = find_layers(gm)
     shared = ties(layers)
-    done: dict[str, fx.Node] = {}
+    done: dict[tuple[str, bool], fx.Node] = {}
     for i, layer in enumerate(layers):
         progress("quantize weights", i, len(layers))
         update_info(layer.node, path=layer.name)
@@ -37,7 +38,7 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
         if isinstance(choice, Decline):
             log.declined(RULE, layer.node, choice.reason)
             continue
-        key = f"{layer.target}{'^T' if layer.transposed else ''}"
+        key = (layer.target, layer.transposed)
         if key not in done:
             done[key] = insert_dequantize(gm, layer, choice)
         _use(layer, done[key])
@@ -76,7 +77,7 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
     """Quantize the layer's weight and put ``dequantize(codes, scale, zero_point)`` in front of the layer."""
     value = layer.weight.transpose(-1, -2) if layer.transposed else layer.weight
     q = quantize_tensor(value, spec, channel_dims=layer.channel_dims, name=layer.target)
-    graph, base = gm.graph, layer.target
+    graph, base = gm.graph, layer.target + ("_t" if layer.transposed else "")
     with graph.inserting_before(_first_use(layer)):
         parts: list[fx.Node | None] = []
         for suffix, tensor in (("codes", q.codes), ("scale", q.scale), ("zero_point", q.zero_point)):
@@ -84,7 +85,7 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
                 attach(gm, f"{base}_{suffix}", tensor)
             parts.append(None if tensor is None else get_attr(graph, f"{base}_{suffix}", tensor))
         dtype: dict[str, Any] = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
-        node = graph.call_function(torch.ops.fxquant.dequantize.default, (*parts, str(spec), list(q.shape)), dtype)
+        node = graph.call_function(ops.dequantize.default, (*parts, str(spec), list(q.shape)), dtype)
     weight = WeightQuant(layer.target, spec, "rtn", weight_error(value, q), q.nbytes, layer.weight.nbytes)
     set_info(node, NodeInfo(TensorType(value.dtype, q.shape), layer.name, weight=weight))
     return _oriented(graph, node, layer)

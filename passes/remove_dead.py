@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from fxquant.graph import info
+from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program
 from fxquant.rewrite import Log, Rewrite, detach, get_attrs, remove_unused, tensors
 
@@ -20,7 +19,7 @@ def remove_dead(program: Program, settings: Mapping[str, Any]) -> Log:
     names = remove_unused(gm.graph)
     used = {str(node.target) for node in get_attrs(gm.graph)}
     for node in gm.graph.nodes:
-        if node.target is torch.ops.fxquant.dequantize.default and (weight := info(node).weight):
+        if node.target is ops.dequantize.default and (weight := info(node).weight):
             used.add(weight.weight)
     dead = [name for name in tensors(gm) if name not in used]
     for name in dead:

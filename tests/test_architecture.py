@@ -31,7 +31,8 @@ MAY_IMPORT = {
 }
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
-    "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "hf": "top", "cli": "top", "demo": "top",
+    "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "hf": "top", "cli": "top",
+    "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

@@ -28,6 +28,30 @@ def test_compile_save_load(tmp_path: Path) -> None:
     assert loaded.summary().to_dict() == compiled.summary().to_dict()
 
 
+class Words:
+    """Stands for a tokenizer: what it saves lies in the folder ``tokenizer``."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def save_pretrained(self, folder: str) -> None:
+        if self.text == "broken":
+            raise OSError("no space left")
+        Path(folder).mkdir()
+        (Path(folder) / "words.txt").write_text(self.text)
+
+
+def test_a_tokenizer_is_saved_with_the_model_or_not_at_all(tmp_path: Path) -> None:
+    compiled, out = fxquant.compile(mlp(), (X,)), tmp_path / "out"
+    compiled.save(out, tokenizer=Words("one"))
+    compiled.save(out, tokenizer=Words("two"), overwrite=True)
+    with pytest.raises(SaveError, match="no space left"):
+        compiled.save(out, tokenizer=Words("broken"), overwrite=True)
+    assert (out / "tokenizer" / "words.txt").read_text() == "two"
+    assert torch.equal(fxquant.load(out)(X), compiled(X))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_output_type_is_the_models_and_a_dict_after_load(tmp_path: Path) -> None:
     tokens = torch.randint(0, 50, (2, 5))
     compiled = fxquant.compile(Tied(), {"tokens": tokens})

@@ -60,6 +60,17 @@ class RoutedExperts(nn.Module):
         return torch.bmm(self.weight[ids], x.unsqueeze(-1)).squeeze(-1)
 
 
+class BothWays(nn.Module):
+    """One square weight used as it is and transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.w) + x @ self.w
+
+
 class Conv1D(nn.Module):
     """A linear stored [in, out], as GPT-2 has it: addmm(bias, x, W)."""
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny_models import Conv1D, Convolutions, Experts, Tied, mlp
+from tiny_models import BothWays, Conv1D, Convolutions, Experts, Tied, mlp
 
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
@@ -26,6 +26,7 @@ CASES = {
     "convolutions": (Convolutions, torch.randn(2, 3, 12, 12),
                      {ops.conv2d_wq.default: 2, ops.dequantize_packed.default: 1, ops.linear_wq.default: 1}),
     "experts": (Experts, torch.randn(3, 5, 8), {ops.dequantize_packed.default: 2}),
+    "both ways": (BothWays, torch.randn(2, 16), {ops.linear_wq.default: 2}),
     "tied": (Tied, torch.randint(0, 50, (2, 5)), {ops.embedding_wq.default: 1, ops.linear_wq.default: 3}),
 }  # fmt: skip
 

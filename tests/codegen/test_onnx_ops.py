@@ -62,8 +62,8 @@ ON_FLOAT = [line.split() for line in (
     "floor ceil round trunc sign relu isnan isinf logical_not any all",
     "sum mean std var argmax argmin amax amin prod",
 )]  # fmt: skip
-ON_POSITIVE = "log log2 log10 log1p sqrt rsqrt reciprocal acosh".split()
-ACTIVATIONS = "gelu silu elu celu selu leaky_relu hardtanh relu6 hardsigmoid hardswish softplus mish logsigmoid".split()
+ON_POSITIVE = ["log", "log2", "log10", "log1p", "sqrt", "rsqrt", "reciprocal", "acosh"]
+ACTIVATIONS = ["gelu", "silu", "elu", "celu", "selu", "leaky_relu", "hardtanh", "relu6", "hardsigmoid", "hardswish", "softplus", "mish", "logsigmoid"]
 
 
 def each(owner: Any, names: Sequence[str]) -> Callable[[Tensor], Any]:
