@@ -42,15 +42,15 @@ UNKNOWN = "?"
 """A size that has no name, such as the number of true elements of a mask."""
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """What a converter raises where ONNX cannot express the call; the exporter adds where in the model it is."""
 
 
 class Builder:
     """Appends nodes to a graph under construction. ``at`` names the scope of new nodes and values.
 
-    ``memo`` is for values that many nodes share, such as an attention mask in additive form; ``calls`` are the operators
-    of our own domain that were used, by name and format, with what they ask of their functions.
+    ``memo`` is for values that many nodes share, such as an attention mask in additive form; ``calls`` are the
+    operators of our own domain that were used, by name and format, with what they ask of their functions.
     """
 
     def __init__(self, opset: int) -> None:
@@ -73,14 +73,14 @@ class Builder:
             return onnx_dtype(self.result.dtype)
         if isinstance(self.result, ScalarType):
             return {"int": T.INT64, "float": T.DOUBLE}.get(self.result.kind, T.BOOL)
-        raise Unsupported("its result has no tensor type")
+        raise UnsupportedError("its result has no tensor type")
 
     @property
     def shape(self) -> tuple[Dim, ...]:
         """The shape of the node being converted."""
         return self.result.shape if isinstance(self.result, TensorType) else ()
 
-    # --- operators ---------------------------------------------------------------------------------------------------
+    # --- operators --------------------------------------------------------------------------------------------------
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """One node with one output. ``dtype`` and ``shape`` describe the output, ``domain`` the operator."""
         return self.multi(1, op_type, *inputs, **attributes)[0]
@@ -95,7 +95,7 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> tuple[ir.Value, ...]:
-        """One node with several outputs; attributes that are None are left out. ``dtype`` defaults to the first input's."""
+        """One node with several outputs; attributes that are None are left out, ``dtype`` is the first input's."""
         first = next((v for v in inputs if v is not None), None)
         values = [ir.Value(name=self._fresh()) for _ in range(outputs)]
         for value in values:
@@ -117,7 +117,8 @@ class Builder:
         array = np.asarray(value).astype(dtype.numpy())
         key = (dtype, array.shape, array.tobytes())
         if key not in self._constants:
-            out = ir.Value(name=f"constant_{len(self._constants)}", type=ir.TensorType(dtype), shape=ir.Shape(array.shape))
+            name = f"constant_{len(self._constants)}"
+            out = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape))
             tensor = ir.tensor(array, dtype=dtype, name=out.name)
             self.nodes.append(ir.node("Constant", [], {"value": tensor}, outputs=[out], name=out.name))
             self._constants[key] = out
@@ -171,11 +172,12 @@ class Builder:
         if tuple(before) == tuple(shape):
             return x
         target: list[Any] = [
-            dim if isinstance(dim, int) else 0 if i < len(before) and before[i] == dim else None for i, dim in enumerate(shape)
+            dim if isinstance(dim, int) else 0 if before[i : i + 1] == (dim,) else None for i, dim in enumerate(shape)
         ]
         static_zero = any(dim == 0 and isinstance(dim, int) for dim in shape)
         if target.count(None) > 1 or static_zero:
-            return self.op("Reshape", x, self.sizes(sizes), allowzero=1 if static_zero else None, dtype=x.dtype, shape=shape)
+            allow = 1 if static_zero else None
+            return self.op("Reshape", x, self.sizes(sizes), allowzero=allow, dtype=x.dtype, shape=shape)
         return self.op("Reshape", x, self.const([-1 if t is None else t for t in target]), dtype=x.dtype, shape=shape)
 
     def axes(self, *axes: int) -> ir.Value:
@@ -198,7 +200,7 @@ class Builder:
 def dims(x: ir.Value) -> tuple[Dim, ...]:
     """The shape of a value: numbers and symbolic sizes."""
     if x.shape is None:
-        raise Unsupported("an operand has no known rank")
+        raise UnsupportedError("an operand has no known rank")
     return tuple(d if isinstance(d, int) else d.value or UNKNOWN for d in x.shape)
 
 
@@ -213,7 +215,7 @@ def product(shape: Sequence[Dim]) -> int | None:
 
 def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     if dtype not in TO_ONNX:
-        raise Unsupported(f"ONNX has no tensors of {dtype}")
+        raise UnsupportedError(f"ONNX has no tensors of {dtype}")
     return TO_ONNX[dtype]
 
 

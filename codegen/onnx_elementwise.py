@@ -20,7 +20,7 @@ from fxquant.codegen.onnx_builder import (
     Arg,
     Builder,
     T,
-    Unsupported,
+    UnsupportedError,
     as_number,
     promote,
 )  # fmt: skip
@@ -34,7 +34,7 @@ def wide(dtype: ir.DataType) -> ir.DataType:
     return T.INT32 if dtype in NARROW else dtype
 
 
-# --- one operand -----------------------------------------------------------------------------------------------------
+# --- one operand ----------------------------------------------------------------------------------------------------
 def unary(op_type: str) -> Converter:
     """A torch function that is one ONNX operator, computed in the result's dtype."""
 
@@ -106,9 +106,9 @@ def cast_to(b: Builder, x: Arg, *_: Any, **__: Any) -> ir.Value:
     return b.cast(x, b.dtype)
 
 
-# --- two operands ----------------------------------------------------------------------------------------------------
+# --- two operands ---------------------------------------------------------------------------------------------------
 def binary(op_type: str, of_bools: str = "") -> Converter:
-    """A torch function that is one ONNX operator on operands of the result's dtype; ``of_bools`` is its form for BOOL."""
+    """One ONNX operator on operands of the result's dtype; ``of_bools`` is its form for BOOL."""
 
     def convert(b: Builder, x: Arg, y: Arg, *, alpha: Arg = 1) -> ir.Value:
         if alpha != 1:
@@ -194,7 +194,7 @@ def compare(op_type: str, negate: bool = False) -> Converter:
     return convert
 
 
-# --- three operands and choices -------------------------------------------------------------------------------------------
+# --- three operands and choices -------------------------------------------------------------------------------------
 def where(b: Builder, condition: ir.Value, x: Arg, y: Arg) -> ir.Value:
     """``condition ? x : y``; BOOL and narrow integers pass through INT32, which has a kernel."""
     inner = T.INT32 if b.dtype == T.BOOL else wide(b.dtype)
@@ -237,7 +237,7 @@ def fused(op_type: str) -> Converter:
     return convert
 
 
-# --- activations -------------------------------------------------------------------------------------------------------
+# --- activations ----------------------------------------------------------------------------------------------------
 def gelu(b: Builder, x: ir.Value, *, approximate: str = "none") -> ir.Value:
     return b.like("Gelu", x, approximate=approximate)
 
@@ -260,7 +260,7 @@ def elu(b: Builder, x: ir.Value, alpha: float = 1.0, scale: float = 1.0, input_s
     if scale == 1 and input_scale == 1:
         return b.like("Elu", x, alpha=float(alpha))
     if input_scale != 1:
-        raise Unsupported("elu with an input_scale")
+        raise UnsupportedError("elu with an input_scale")
     return b.like("Selu", x, alpha=float(alpha), gamma=float(scale))
 
 
@@ -297,7 +297,7 @@ def threshold(b: Builder, x: ir.Value, limit: Arg, value: Arg) -> ir.Value:
     return b.op("Where", above, x, b.cast(value, b.dtype), dtype=b.dtype)
 
 
-# --- numbers -------------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------------------------
 def on_numbers(convert: Converter) -> Converter:
     """A Python operator on sizes: the same converter, its result marked as a number."""
 
@@ -319,8 +319,8 @@ def integer(op_type: str) -> Converter:
 
 
 _UNARY = {
-    "Abs": ("abs",), "Neg": ("neg",), "Exp": ("exp",), "Log": ("log",), "Sqrt": ("sqrt",), "Sin": ("sin",), "Cos": ("cos",),
-    "Tan": ("tan",), "Asin": ("asin",), "Acos": ("acos",), "Atan": ("atan",), "Sinh": ("sinh",), "Cosh": ("cosh",),
+    "Abs": ("abs",), "Neg": ("neg",), "Exp": ("exp",), "Log": ("log",), "Sqrt": ("sqrt",), "Sin": ("sin",),
+    "Cos": ("cos",), "Tan": ("tan",), "Asin": ("asin",), "Acos": ("acos",), "Atan": ("atan",), "Sinh": ("sinh",), "Cosh": ("cosh",),
     "Asinh": ("asinh",), "Acosh": ("acosh",), "Atanh": ("atanh",), "Tanh": ("tanh",), "Sigmoid": ("sigmoid",),
     "Erf": ("erf", "special_erf"), "Floor": ("floor",), "Ceil": ("ceil",), "Round": ("round",), "Sign": ("sign", "sgn"),
     "Reciprocal": ("reciprocal",), "Relu": ("relu",),

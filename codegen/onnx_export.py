@@ -23,7 +23,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 
-from fxquant.codegen.onnx_builder import Builder, Unsupported, is_number, onnx_dtype
+from fxquant.codegen.onnx_builder import Builder, UnsupportedError, is_number, onnx_dtype
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
 from fxquant.codegen.onnx_ops import CONVERTERS, NO_VALUE
 from fxquant.errors import ExportError, SaveError
@@ -49,19 +49,21 @@ def export_onnx(
     """Write ``program`` to ``path``; an existing file is replaced only once the new one is complete.
 
     ``external_data`` puts the weights into ``<path>.data`` beside it; by default only where one file could not hold
-    them. Raises ExportError, naming the node, for what ONNX cannot express, and SaveError if ``path`` cannot be written.
+    them. Raises ExportError, naming the node, for what ONNX cannot express; SaveError if ``path`` cannot be written.
     """
     if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported; expected {OPSETS[0]} to {OPSETS[-1]}, by default {OPSETS[0]}")
+        raise ExportError(f"opset {opset} is not supported; expected {OPSETS[0]} to {OPSETS[-1]}, or no opset")
     target = _writable(Path(path))
     model = to_model(program, opset=opset, metadata=metadata, progress=progress)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if external_data is False and size > _FILE_LIMIT:
-        raise SaveError(f"{path}: {size} bytes of weights do not fit into one ONNX file; leave external_data at its default")
+        raise SaveError(f"{path}: {size} bytes of weights do not fit into one file; leave external_data at its default")
     write(model, target, external_data=size > _FILE_LIMIT if external_data is None else external_data)
 
 
-def to_model(program: Program, *, opset: int = 21, metadata: Mapping[str, str] = {}, progress: Progress = quiet) -> ir.Model:
+def to_model(
+    program: Program, *, opset: int = 21, metadata: Mapping[str, str] = {}, progress: Progress = quiet
+) -> ir.Model:
     """``program`` as an ONNX model in memory; its initializers share the program's memory."""
     return _Exporter(program, opset).run(metadata, progress)
 
@@ -127,8 +129,8 @@ class _Exporter:
             return found.value
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             return self.element(node)
-        args, kwargs = (fx.map_arg(a, lambda n: self.env[n]) for a in _arguments(node))
-        if not any(isinstance(a, (ir.Value, list, tuple)) for a in args) and not isinstance(node.target, torch._ops.OpOverload):
+        args, kwargs = fx.map_arg(_arguments(node), lambda n: self.env[n])
+        if not isinstance(node.target, torch._ops.OpOverload) and not any(isinstance(a, ir.Value) for a in args):
             return node.target(*args)  # type: ignore[operator]
         converter = CONVERTERS.get(node.target)
         if converter is None:
@@ -137,7 +139,7 @@ class _Exporter:
         before = len(self.builder.nodes)
         try:
             value = converter(self.builder, *args, **kwargs)
-        except Unsupported as reason:
+        except UnsupportedError as reason:
             raise ExportError(self.refusal(node, f"cannot be written in ONNX: {reason}")) from reason
         return self.named(node, value, {id(n) for n in self.builder.nodes[before:]})
 
@@ -145,8 +147,8 @@ class _Exporter:
         found = info(node)
         return (
             f"cannot export node {node.name!r}: operator {target_name(node.target)} {reason} (layer "
-            f"{found.path or '(root)'!r}{f', at {found.source}' if found.source else ''}). What to do: rewrite that line "
-            f"of the model with other tensor operators, or run the compiled program in torch"
+            f"{found.path or '(root)'!r}{f', at {found.source}' if found.source else ''}). What to do: rewrite that "
+            f"line of the model with other tensor operators, or run the compiled program in torch"
         )
 
     def element(self, node: fx.Node) -> Any:
@@ -162,11 +164,11 @@ class _Exporter:
         """Give the result, if this call made it, the node's name and type."""
         types = info(node).type
         for i, item in enumerate(value if isinstance(value, tuple) else (value,)):
-            if not isinstance(item, ir.Value) or id(item.producer()) not in new or item.producer().op_type == "Constant":
+            producer = item.producer() if isinstance(item, ir.Value) else None
+            if producer is None or id(producer) not in new or producer.op_type == "Constant":
                 continue
             if not is_number(item):
                 _describe(item, NodeInfo(types[i] if isinstance(types, tuple) else types))
-            producer = item.producer()
             if not isinstance(value, tuple):
                 item.name = self.unique(node.name)
                 producer.name = node.name
@@ -232,12 +234,12 @@ def _arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
     return positional, by_name
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 def _writable(path: Path) -> Path:
     if not path.parent.is_dir():
         raise SaveError(f"cannot write {path}: there is no folder {path.parent}; create it first")
     if path.is_dir():
-        raise SaveError(f"cannot write {path}: it is a folder; give the name of a file in it, such as {path / 'model.onnx'}")
+        raise SaveError(f"cannot write {path}: it is a folder; name a file in it, such as {path / 'model.onnx'}")
     return path
 
 

@@ -5,7 +5,7 @@ function of the same name, so that any ONNX runtime executes the file as it is::
 
     Linear_<format>(x, packed, scale[, zero_point])             x @ W^T               cols, group_size
     LinearBias_<format>(x, packed, scale[, zero_point], bias)   x @ W^T + bias        cols, group_size
-    Conv2d_<format>(x, packed, scale[, zero_point][, bias])     convolution with W    + weight_shape, strides, pads, dilations, group
+    Conv2d_<format>(x, packed, scale[, zero_point][, bias])     convolution with W    + weight_shape, strides, ...
     Embedding_<format>(indices, packed, scale[, zero_point])    rows of W             cols, group_size
     Dequantize_<format>(packed, scale[, zero_point])            W                     + weight_shape
     DequantizeCodes_<format>(codes, scale[, zero_point])        W from unpacked codes + weight_shape
@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from fxquant.codegen.onnx_builder import Arg, Builder, T, Unsupported
+from fxquant.codegen.onnx_builder import Arg, Builder, T, UnsupportedError
 from fxquant.codegen.onnx_elementwise import Converter, rows
 from fxquant.formats import Format, IntFormat
 from fxquant.ops import matrix_shape
@@ -42,12 +42,12 @@ Weight = Sequence[ir.Value]
 """packed (or codes), scale, and a zero point where the format has one."""
 
 
-# --- function bodies -----------------------------------------------------------------------------------------------------
+# --- function bodies ------------------------------------------------------------------------------------------------
 class Body(Builder):
     """The body of one function under construction. ``needs`` is what the model's nodes ask of it::
 
-        grouped   a row has several scales            ragged   rows do not fill whole bytes of every plane, or whole groups
-        cast      x is not float32                    scale    scales are not float32
+    grouped   a row has several scales            ragged   rows do not fill bytes of every plane, or groups
+    cast      x is not float32                    scale    scales are not float32
     """
 
     def __init__(self, format: Format, needs: frozenset[str], opset: int) -> None:
@@ -84,7 +84,7 @@ def pair_table(format: Format) -> np.ndarray[Any, Any]:
 
 
 def high_table(width: int, *, codes: int, at: int) -> np.ndarray[Any, Any]:
-    """The bits that a byte of an upper plane adds to the indices of its units of ``codes`` codes: int32 ``[256, units]``."""
+    """What a byte of an upper plane adds to the index of each unit of ``codes`` codes: int32 ``[256, units]``."""
     units = 8 // (codes * width)
     shifts = np.arange(units) * codes * width
     pieces = (np.arange(256)[:, None] >> shifts) & (2 ** (codes * width) - 1)
@@ -92,7 +92,7 @@ def high_table(width: int, *, codes: int, at: int) -> np.ndarray[Any, Any]:
 
 
 def decode(f: Body, packed: ir.Value, *, width: ir.Value) -> ir.Value:
-    """Values FLOAT ``[rows, -1, width]`` (``[rows, -1]``) of planar bytes: a table look-up for each byte of the first plane.
+    """Values FLOAT of planar bytes, in the shape ``width``: a table look-up for each byte of the first plane.
 
     Rows have the columns that their bytes hold, which may be a few more than ``cols``.
     """
@@ -125,7 +125,7 @@ def _spread(f: Body, scale: ir.Value) -> ir.Value:
 
 
 def matrix(f: Body, weight: Weight, *, packed: bool = True) -> ir.Value:
-    """The weight FLOAT ``[rows, cols]``. Groups are seen as ``[rows, groups, group_size]``; a ragged row is filled up first."""
+    """The weight FLOAT ``[rows, cols]``. Groups are seen as ``[rows, groups, group_size]``, ragged rows filled."""
     cols, flat = f.attribute("cols"), f.axes(0, -1)
     shape = flat
     if "grouped" in f.needs:
@@ -230,13 +230,19 @@ def op_type(op: str, format: Format) -> str:
     return f"{op}_{str(format).replace('-', 'n')}"
 
 
-# --- converters ------------------------------------------------------------------------------------------------------------
-def _call(b: Builder, op: str, spec: QuantSpec, inputs: Sequence[ir.Value | None], cols: int, **attributes: Any) -> ir.Value:
+# --- converters -----------------------------------------------------------------------------------------------------
+def _call(
+    b: Builder, op: str, spec: QuantSpec, inputs: Sequence[ir.Value | None], cols: int, **attributes: Any
+) -> ir.Value:
     """The node of ``op``; what it asks of the operator's function is noted."""
     size = spec.group_size(cols)
     unit = 8 // min(planes(spec.format.bits))
-    asks = {"grouped": size < cols, "ragged": bool(cols % unit or cols % size), "cast": op in _LAYERS and b.dtype != T.FLOAT,
-            "scale": spec.scale != "fp32"}  # fmt: skip
+    asks = {
+        "grouped": size < cols,
+        "ragged": bool(cols % unit or cols % size),
+        "cast": op in _LAYERS and b.dtype != T.FLOAT,
+        "scale": spec.scale != "fp32",
+    }
     key = (op, spec.format)
     b.calls[key] = b.calls.get(key, frozenset()) | {name for name, asked in asks.items() if asked}
     name = op_type(op, spec.format)
@@ -250,7 +256,7 @@ def _weight(packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> l
 
 def _cols(packed: ir.Value, shape: Sequence[int]) -> int:
     if packed.shape is None or not isinstance(rows := packed.shape[0], int):
-        raise Unsupported("packed weights with a dynamic number of rows")
+        raise UnsupportedError("packed weights with a dynamic number of rows")
     return matrix_shape(shape, rows)[1]
 
 
@@ -266,8 +272,8 @@ def conv2d_wq(b: Builder, x: ir.Value, packed: ir.Value, scale: ir.Value, zero_p
               bias: ir.Value | None, spec: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
               dilation: Sequence[int], groups: int) -> ir.Value:  # fmt: skip
     pads = [*padding, *padding] if len(padding) == 2 else list(padding) * 4
-    window = {"strides": list(stride) * (2 // len(stride)), "pads": pads, "dilations": list(dilation) * (2 // len(dilation)),
-              "group": groups, "weight_shape": list(shape)}  # fmt: skip
+    strides, dilations = list(stride) * (2 // len(stride)), list(dilation) * (2 // len(dilation))
+    window = {"strides": strides, "pads": pads, "dilations": dilations, "group": groups, "weight_shape": list(shape)}
     inputs = [x, *_weight(packed, scale, zero_point), bias]
     return _call(b, "Conv2d", parse_spec(spec), inputs, _cols(packed, shape), **window)
 
@@ -279,7 +285,9 @@ def embedding_wq(b: Builder, indices: ir.Value, packed: ir.Value, scale: ir.Valu
 
 
 def _dequantized(op: str) -> Converter:
-    def convert(b: Builder, packed: ir.Value, scale: Arg, zero_point: Arg, spec: str, shape: Sequence[int], **_: Any) -> ir.Value:
+    def convert(
+        b: Builder, packed: ir.Value, scale: Arg, zero_point: Arg, spec: str, shape: Sequence[int], **_: Any
+    ) -> ir.Value:
         inputs = _weight(packed, scale, zero_point)
         value = _call(b, op, parse_spec(spec), inputs, _cols(packed, shape), weight_shape=list(shape))
         return b.cast(value, b.dtype)

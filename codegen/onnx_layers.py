@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from fxquant.codegen.onnx_builder import FLOATS, Arg, Builder, T, Unsupported, dims, rank
+from fxquant.codegen.onnx_builder import FLOATS, Arg, Builder, T, UnsupportedError, dims, rank
 from fxquant.codegen.onnx_elementwise import Converter, arithmetic, rows
 from fxquant.rewrite import aten
 
@@ -23,7 +23,7 @@ def _each(values: Ints | int, n: int) -> list[int]:
     return found * n if len(found) == 1 else found
 
 
-# --- products --------------------------------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------------------------
 def matmul(b: Builder, x: ir.Value, y: ir.Value) -> ir.Value:
     if b.dtype in FLOATS or b.dtype in (T.INT32, T.INT64):
         return b.op("MatMul", b.cast(x, b.dtype), b.cast(y, b.dtype))
@@ -56,7 +56,7 @@ def embedding(b: Builder, weight: ir.Value, indices: ir.Value, *_: Any) -> ir.Va
     return b.op("Gather", weight, indices, axis=0)
 
 
-# --- attention -------------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------------------------
 def attention(b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None = None, dropout: float = 0.0,
               causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> ir.Value:  # fmt: skip
     """softmax(q k^T scale + mask) v; a query whose mask admits no key gives 0, as in torch."""
@@ -64,7 +64,7 @@ def attention(b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value 
         k, v = _repeat_heads(b, k, q), _repeat_heads(b, v, q)
     width = dims(q)[-1]
     if scale is None and not isinstance(width, int):
-        raise Unsupported("attention over a dynamic head size without a scale")
+        raise UnsupportedError("attention over a dynamic head size without a scale")
     factor = 1 / math.sqrt(width) if scale is None else scale  # type: ignore[arg-type]
     order = [*range(rank(k) - 2), rank(k) - 1, rank(k) - 2]
     scores = b.op("MatMul", q, b.transpose(k, order))
@@ -82,7 +82,7 @@ def attention(b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value 
 
 
 def _additive(b: Builder, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """``mask`` as a term of the scores, and which queries may see a key: BOOL ``[..., queries, 1]``. Once for each mask."""
+    """``mask`` as a term of the scores, and which queries see a key: BOOL ``[..., queries, 1]``. Once for each mask."""
     if ("bias", id(mask)) not in b.memo:
         lowest = float(torch.finfo(torch.float32 if b.dtype in (T.FLOAT, T.DOUBLE, T.BFLOAT16) else torch.float16).min)
         if mask.dtype == T.BOOL:
@@ -106,7 +106,9 @@ def _causal(b: Builder, q: ir.Value, k: ir.Value) -> ir.Value:
             b.op("Range", b.const(0), b.cast(b.size(t, -2), T.INT64), b.const(1), dtype=T.INT64, shape=[dims(t)[-2]])
             for t in (q, k)
         )
-        b.memo[key] = b.op("GreaterOrEqual", b.unsqueeze(rows_, 1), cols, dtype=T.BOOL, shape=[dims(q)[-2], dims(k)[-2]])
+        b.memo[key] = b.op(
+            "GreaterOrEqual", b.unsqueeze(rows_, 1), cols, dtype=T.BOOL, shape=[dims(q)[-2], dims(k)[-2]]
+        )
     return b.memo[key]
 
 
@@ -114,7 +116,7 @@ def _repeat_heads(b: Builder, x: ir.Value, q: ir.Value) -> ir.Value:
     """Grouped-query attention: every key (value) head ``[..., heads, n, d]`` repeated for the queries of its group."""
     have, want = dims(x)[-3], dims(q)[-3]
     if not isinstance(have, int) or not isinstance(want, int):
-        raise Unsupported("grouped-query attention with a dynamic number of heads")
+        raise UnsupportedError("grouped-query attention with a dynamic number of heads")
     if have == want:
         return x
     n = rank(x)
@@ -122,11 +124,11 @@ def _repeat_heads(b: Builder, x: ir.Value, q: ir.Value) -> ir.Value:
     sizes = b.const([*[0] * (n - 3), want, -1, dims(x)[-1]])
     shape = [*dims(x)[:-3], want, *dims(x)[-2:]]
     if n != 4:
-        raise Unsupported(f"grouped-query attention on tensors of {n} dimensions")
+        raise UnsupportedError(f"grouped-query attention on tensors of {n} dimensions")
     return b.op("Reshape", wide, sizes, dtype=x.dtype, shape=shape)
 
 
-# --- convolution -----------------------------------------------------------------------------------------------------------
+# --- convolution ----------------------------------------------------------------------------------------------------
 def convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Ints, padding: Ints | str,
                 dilation: Ints, groups: int = 1) -> ir.Value:  # fmt: skip
     n = rank(weight) - 2
@@ -139,8 +141,8 @@ def convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None
     return _batched(b, x, n, lambda x: b.op("Conv", x, weight, bias, **window))
 
 
-def transposed_convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Ints, padding: Ints,
-                           output_padding: Ints, groups: int, dilation: Ints) -> ir.Value:  # fmt: skip
+def transposed_convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Ints,
+                           padding: Ints, output_padding: Ints, groups: int, dilation: Ints) -> ir.Value:  # fmt: skip
     n = rank(weight) - 2
     window = {"strides": _each(stride, n), "pads": _each(padding, n) * 2, "dilations": _each(dilation, n),
               "output_padding": _each(output_padding, n), "group": groups}  # fmt: skip
@@ -148,7 +150,8 @@ def transposed_convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.V
 
 
 def any_convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Ints, padding: Ints,
-                    dilation: Ints, transposed: bool, output_padding: Ints, groups: int, *_: Any) -> ir.Value:  # fmt: skip
+                    dilation: Ints, transposed: bool, output_padding: Ints, groups: int,
+                    *_: Any) -> ir.Value:  # fmt: skip
     if transposed:
         return transposed_convolution(b, x, weight, bias, stride, padding, output_padding, groups, dilation)
     return convolution(b, x, weight, bias, stride, padding, dilation, groups)
@@ -162,7 +165,7 @@ def _batched(b: Builder, x: ir.Value, n: int, call: Converter) -> ir.Value:
     return b.op("Squeeze", call(b.unsqueeze(x, 0)), b.axes(0), dtype=b.dtype)
 
 
-# --- normalisation ---------------------------------------------------------------------------------------------------------
+# --- normalisation --------------------------------------------------------------------------------------------------
 def layer_norm(b: Builder, x: ir.Value, shape: Ints, weight: ir.Value | None = None, bias: ir.Value | None = None,
                eps: float = 1e-5, *_: Any) -> ir.Value:  # fmt: skip
     scale = b.const(np.ones(list(shape)), b.dtype) if weight is None else weight
@@ -175,7 +178,9 @@ def native_layer_norm(b: Builder, x: ir.Value, shape: Ints, weight: ir.Value | N
     return layer_norm(b, x, shape, weight, bias, eps), None, None
 
 
-def rms_norm(b: Builder, x: ir.Value, shape: Ints, weight: ir.Value | None = None, eps: float | None = None) -> ir.Value:
+def rms_norm(
+    b: Builder, x: ir.Value, shape: Ints, weight: ir.Value | None = None, eps: float | None = None
+) -> ir.Value:
     """x / sqrt(mean(x^2) + eps) * weight."""
     eps = float(torch.finfo(torch.float32).eps) if eps is None else eps
     over = b.axes(*range(-len(shape), 0))
@@ -187,7 +192,7 @@ def rms_norm(b: Builder, x: ir.Value, shape: Ints, weight: ir.Value | None = Non
 def batch_norm(b: Builder, x: ir.Value, weight: ir.Value | None, bias: ir.Value | None, mean: ir.Value | None,
                var: ir.Value | None, training: bool, momentum: float, eps: float, *_: Any) -> ir.Value:  # fmt: skip
     if training or mean is None or var is None:
-        raise Unsupported("batch_norm on statistics of the batch; call model.eval() before capture")
+        raise UnsupportedError("batch_norm on statistics of the batch; call model.eval() before capture")
     channels = list(dims(mean))
     scale = b.const(np.ones(channels), b.dtype) if weight is None else weight
     shift = b.const(np.zeros(channels), b.dtype) if bias is None else bias
@@ -219,14 +224,14 @@ def instance_norm(b: Builder, x: ir.Value, weight: ir.Value | None, bias: ir.Val
     return b.op("InstanceNormalization", x, scale, shift, epsilon=eps)
 
 
-# --- pooling and resizing --------------------------------------------------------------------------------------------------
+# --- pooling and resizing -------------------------------------------------------------------------------------------
 def max_pool(n: int, outputs: int = 1) -> Converter:
     def convert(b: Builder, x: ir.Value, kernel: Ints, stride: Ints = (), padding: Ints = (0,), dilation: Ints = (1,),
                 ceil: bool = False) -> Any:  # fmt: skip
         if outputs > 1:
             b.result = b.result[0]
-        window = {"kernel_shape": _each(kernel, n), "strides": _each(stride or kernel, n), "pads": _each(padding, n) * 2,
-                  "dilations": _each(dilation, n), "ceil_mode": int(ceil)}  # fmt: skip
+        window = {"kernel_shape": _each(kernel, n), "strides": _each(stride or kernel, n),
+                  "pads": _each(padding, n) * 2, "dilations": _each(dilation, n), "ceil_mode": int(ceil)}  # fmt: skip
         pooled = _batched(b, x, n, lambda x: b.op("MaxPool", x, **window))
         return pooled if outputs == 1 else (pooled, None)
 
@@ -237,16 +242,16 @@ def avg_pool(n: int) -> Converter:
     def convert(b: Builder, x: ir.Value, kernel: Ints, stride: Ints = (), padding: Ints = (0,), ceil: bool = False,
                 count_padding: bool = True, divisor: int | None = None) -> ir.Value:  # fmt: skip
         if divisor is not None:
-            raise Unsupported("avg_pool with divisor_override")
-        window = {"kernel_shape": _each(kernel, n), "strides": _each(stride or kernel, n), "pads": _each(padding, n) * 2,
-                  "ceil_mode": int(ceil), "count_include_pad": int(count_padding)}  # fmt: skip
+            raise UnsupportedError("avg_pool with divisor_override")
+        window = {"kernel_shape": _each(kernel, n), "strides": _each(stride or kernel, n),
+                  "pads": _each(padding, n) * 2, "ceil_mode": int(ceil), "count_include_pad": int(count_padding)}  # fmt: skip
         return _batched(b, x, n, lambda x: b.op("AveragePool", x, **window))
 
     return convert
 
 
 def adaptive_avg_pool(n: int) -> Converter:
-    """To 1: the mean. To a divisor of a static size: plain pooling. Else a product with the averaging matrix of each axis."""
+    """To 1: the mean. To a divisor of a static size: pooling. Else a product with the averaging matrix of each axis."""
 
     def convert(b: Builder, x: ir.Value, sizes: Ints) -> ir.Value:
         sizes = _each(sizes, n)
@@ -280,7 +285,7 @@ def adaptive_max_pool(n: int) -> Converter:
         b.result = b.result[0]
         before, sizes = _static(x, n), _each(sizes, n)
         if any(a % s for a, s in zip(before, sizes, strict=True)):
-            raise Unsupported(f"adaptive_max_pool of {before} to {sizes}, which does not divide it")
+            raise UnsupportedError(f"adaptive_max_pool of {before} to {sizes}, which does not divide it")
         steps = [a // s for a, s in zip(before, sizes, strict=True)]
         return _batched(b, x, n, lambda x: b.op("MaxPool", x, kernel_shape=steps, strides=steps)), None
 
@@ -290,7 +295,7 @@ def adaptive_max_pool(n: int) -> Converter:
 def _static(x: ir.Value, n: int) -> list[int]:
     sizes = [d for d in dims(x)[-n:] if isinstance(d, int)]
     if len(sizes) < n:
-        raise Unsupported(f"adaptive pooling of dynamic sizes {dims(x)[-n:]}")
+        raise UnsupportedError(f"adaptive pooling of dynamic sizes {dims(x)[-n:]}")
     return sizes
 
 
@@ -304,8 +309,9 @@ def resize(mode: str) -> Converter:
         scales = b.const(list(factors), T.FLOAT) if factors else None
         target = None if factors else b.sizes(list(sizes or ()))
         return b.op(
-            "Resize", x, None, scales, target, mode=mode, coordinate_transformation_mode=frame, axes=list(range(2, 2 + n)),
-            nearest_mode="floor" if mode == "nearest" else None, cubic_coeff_a=-0.75 if mode == "cubic" else None,
+            "Resize", x, None, scales, target, mode=mode, coordinate_transformation_mode=frame,
+            axes=list(range(2, 2 + n)), nearest_mode="floor" if mode == "nearest" else None,
+            cubic_coeff_a=-0.75 if mode == "cubic" else None,
         )  # fmt: skip
 
     return convert

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fxquant.codegen.onnx_builder import FLOATS, NARROW, Arg, Builder, T, Unsupported, rank
+from fxquant.codegen.onnx_builder import FLOATS, NARROW, Arg, Builder, T, UnsupportedError, rank
 from fxquant.codegen.onnx_elementwise import Converter, rows
 from fxquant.rewrite import aten
 
@@ -57,7 +57,7 @@ def _sortable(dtype: ir.DataType | None) -> ir.DataType:
 def arg_extreme(op_type: str) -> Converter:
     def convert(b: Builder, x: ir.Value, dim: int | None = None, keep: bool = False) -> ir.Value:
         if dim is None and keep and rank(x) != 1:
-            raise Unsupported("argmax over all dimensions with keepdim")
+            raise UnsupportedError("argmax over all dimensions with keepdim")
         value = b.cast(x, _sortable(x.dtype))
         if dim is None:
             value, dim = b.op("Reshape", value, b.axes(-1), dtype=value.dtype), 0
@@ -97,7 +97,9 @@ def _var(root: bool) -> dict[str, Converter]:
     def done(b: Builder, value: ir.Value) -> ir.Value:
         return b.op("Sqrt", value) if root else value
 
-    def correction(b: Builder, x: ir.Value, axes: Axes = None, *, correction: Arg = None, keepdim: bool = False) -> ir.Value:
+    def correction(
+        b: Builder, x: ir.Value, axes: Axes = None, *, correction: Arg = None, keepdim: bool = False
+    ) -> ir.Value:
         return done(b, variance(b, x, axes, 1 if correction is None else correction, keepdim))
 
     def unbiased(b: Builder, x: ir.Value, unbiased: bool = True) -> ir.Value:
@@ -124,7 +126,7 @@ def and_mean(convert: Converter) -> Converter:
 def vector_norm(b: Builder, x: ir.Value, order: Arg = 2, axes: Axes = None, keep: bool = False, **_: Any) -> ir.Value:
     names = {1: "ReduceL1", 2: "ReduceL2", float("inf"): "ReduceMax"}
     if order is not None and order not in names:
-        raise Unsupported(f"a norm of order {order}")
+        raise UnsupportedError(f"a norm of order {order}")
     value = b.cast(x, b.dtype)
     if order == float("inf"):
         value = b.like("Abs", value)
@@ -133,14 +135,16 @@ def vector_norm(b: Builder, x: ir.Value, order: Arg = 2, axes: Axes = None, keep
 
 def cumulative_sum(b: Builder, x: ir.Value, dim: int, **_: Any) -> ir.Value:
     inner = _countable(b.dtype)
-    return b.cast(b.op("CumSum", b.cast(x, inner), b.const(dim), dtype=inner), b.dtype) if rank(x) else b.cast(x, b.dtype)
+    return (
+        b.cast(b.op("CumSum", b.cast(x, inner), b.const(dim), dtype=inner), b.dtype) if rank(x) else b.cast(x, b.dtype)
+    )
 
 
 def difference(b: Builder, x: ir.Value, n: int = 1, dim: int = -1, before: ir.Value | None = None,
                after: ir.Value | None = None) -> ir.Value:  # fmt: skip
     """x[1:] - x[:-1], n times, with ``before`` and ``after`` joined on first."""
     if x.dtype == T.BOOL:
-        raise Unsupported("diff of booleans")
+        raise UnsupportedError("diff of booleans")
     parts = [p for p in (before, x, after) if p is not None]
     value = b.op("Concat", *parts, axis=dim) if len(parts) > 1 else x
     for _ in range(n):

@@ -15,7 +15,7 @@ from fxquant.codegen.onnx_builder import (
     Arg,
     Builder,
     T,
-    Unsupported,
+    UnsupportedError,
     as_number,
     dims,
     is_number,
@@ -29,7 +29,7 @@ from fxquant.rewrite import aten
 END = 2**63 - 1
 
 
-# --- the same values in another shape ----------------------------------------------------------------------------------
+# --- the same values in another shape -------------------------------------------------------------------------------
 def view(b: Builder, x: ir.Value, sizes: Sequence[Arg] = (), *_: Any) -> ir.Value:
     return b.reshape(x, sizes, b.shape)
 
@@ -117,7 +117,7 @@ def repeat_interleave(b: Builder, x: ir.Value, times: int, dim: int | None = Non
 
 def roll(b: Builder, x: ir.Value, shifts: Sequence[int], axes: Sequence[int] = ()) -> ir.Value:
     if not axes:
-        raise Unsupported("roll without dims")
+        raise UnsupportedError("roll without dims")
     for shift, axis in zip(shifts, axes, strict=True):
         tail = b.op("Slice", x, b.axes(-shift), b.axes(END), b.axes(axis))
         head = b.op("Slice", x, b.axes(0), b.axes(-shift), b.axes(axis))
@@ -130,7 +130,7 @@ def flip(b: Builder, x: ir.Value, axes: Sequence[int]) -> ir.Value:
     return b.op("Slice", x, b.axes(*[-1] * n), b.axes(*[-END] * n), b.axes(*axes), b.axes(*[-1] * n)) if n else x
 
 
-# --- parts and joins ------------------------------------------------------------------------------------------------------
+# --- parts and joins ------------------------------------------------------------------------------------------------
 def slice_(b: Builder, x: ir.Value, dim: int, start: Arg, end: Arg, step: int) -> ir.Value:
     start, end = 0 if start is None else start, END if end is None else end
     if start == 0 and end == END and step == 1:
@@ -185,7 +185,7 @@ def split(b: Builder, x: ir.Value, *args: Any) -> tuple[ir.Value, ...]:
     elif len(set(sizes)) == 1:  # equal parts of a size known at run time
         return b.multi(len(types), "Split", x, axis=dim, num_outputs=len(types))
     else:
-        raise Unsupported(f"a split of a dynamic dimension into parts of {sizes}")
+        raise UnsupportedError(f"a split of a dynamic dimension into parts of {sizes}")
     return b.multi(len(types), "Split", x, given, axis=dim)
 
 
@@ -198,12 +198,12 @@ def unbind(b: Builder, x: ir.Value, dim: int = 0) -> tuple[ir.Value, ...]:
     return tuple(b.op("Squeeze", p, b.axes(dim)) for p in parts)
 
 
-# --- indexing ---------------------------------------------------------------------------------------------------------------
+# --- indexing -------------------------------------------------------------------------------------------------------
 def index(b: Builder, x: ir.Value, indices: Sequence[ir.Value | None]) -> ir.Value:
     """``x[i, j, ...]`` with index tensors that broadcast together; None takes a whole dimension."""
     used = _index_tensors(b, indices)
     if len(used) == 1:
-        (axis, only), = used.items()
+        ((axis, only),) = used.items()
         return b.op("Gather", x, b.cast(only, T.INT64), axis=axis)
     axes = list(used)
     rest = [d for d in range(rank(x)) if d not in used]
@@ -254,7 +254,7 @@ def index_put(b: Builder, x: ir.Value, indices: Sequence[ir.Value | None], value
     """A copy of ``x`` with ``values`` at the indexed places, which must be the leading dimensions."""
     used = _index_tensors(b, indices)
     if list(used) != list(range(len(used))):
-        raise Unsupported("index_put that skips a leading dimension")
+        raise UnsupportedError("index_put that skips a leading dimension")
     where = _joint_index(b, list(used.values()))
     gathered = b.op("Shape", b.op("GatherND", x, where), dtype=T.INT64)
     updates = b.op("Expand", b.cast(values, b.dtype), gathered, dtype=b.dtype)
@@ -283,7 +283,9 @@ def slice_scatter(b: Builder, x: ir.Value, source: ir.Value, dim: int = 0, start
                   step: int = 1) -> ir.Value:  # fmt: skip
     """``x`` with ``source`` in place of a slice: the indices of the slice, then a scatter."""
     every = _range(b, 0, b.size(x, dim), 1, dtype=T.INT64)
-    picked = b.op("Slice", every, b.sizes([start or 0]), b.sizes([END if end is None else end]), b.axes(0), b.axes(step))
+    picked = b.op(
+        "Slice", every, b.sizes([start or 0]), b.sizes([END if end is None else end]), b.axes(0), b.axes(step)
+    )
     ones = [1] * rank(x)
     ones[dim] = -1
     shape = b.op("Shape", source, dtype=T.INT64)
@@ -325,7 +327,7 @@ def _pad(b: Builder, x: ir.Value, widths: Sequence[Arg], mode: str, value: Arg) 
     return b.op("Pad", x, b.sizes([*widths[0::2], *widths[1::2]]), fill, axes, mode=modes[mode]) if n else x
 
 
-# --- new values -------------------------------------------------------------------------------------------------------------
+# --- new values -----------------------------------------------------------------------------------------------------
 def _range(b: Builder, start: Arg, end: Arg, step: Arg, *, dtype: ir.DataType) -> ir.Value:
     return b.op("Range", b.cast(start, dtype), b.cast(end, dtype), b.cast(step, dtype), dtype=dtype)
 
@@ -334,7 +336,7 @@ def arange(b: Builder, *args: Arg, **_: Any) -> ir.Value:
     start, end, step = (0, args[0], 1) if len(args) == 1 else (*args, 1)[:3]
     inner = b.dtype if b.dtype in (T.INT64, T.INT32, T.FLOAT, T.DOUBLE) else T.FLOAT if b.dtype in FLOATS else T.INT64
     if inner in (T.INT64, T.INT32) and any(_is_float(v) for v in (start, end, step)):
-        raise Unsupported("arange of an integer dtype with floating point bounds")
+        raise UnsupportedError("arange of an integer dtype with floating point bounds")
     return b.cast(_range(b, start, end, step, dtype=inner), b.dtype)
 
 
@@ -344,7 +346,7 @@ def _is_float(x: Arg) -> bool:
 
 def linspace(b: Builder, start: Arg, end: Arg, steps: int, **_: Any) -> ir.Value:
     if not is_static(start, end, steps):
-        raise Unsupported("linspace with bounds known only at run time")
+        raise UnsupportedError("linspace with bounds known only at run time")
     return b.const(np.linspace(start, end, steps), b.dtype)
 
 
@@ -394,14 +396,14 @@ def eye(b: Builder, n: Arg, m: Arg = None, **_: Any) -> ir.Value:
 
 def one_hot(b: Builder, x: ir.Value, classes: int = -1) -> ir.Value:
     if classes < 0:
-        raise Unsupported("one_hot without num_classes")
+        raise UnsupportedError("one_hot without num_classes")
     every = b.const(np.arange(classes))
     return b.cast(b.op("Equal", b.op("Unsqueeze", x, b.axes(-1), dtype=x.dtype), every, dtype=T.BOOL), b.dtype)
 
 
 def meshgrid(b: Builder, tensors: Sequence[ir.Value], *, indexing: str = "ij") -> tuple[ir.Value, ...]:
     if indexing != "ij" and len(tensors) > 1:
-        raise Unsupported("meshgrid with indexing='xy'")
+        raise UnsupportedError("meshgrid with indexing='xy'")
     n = len(tensors)
     sizes = b.sizes([b.size(t, 0) for t in tensors])
     return tuple(
@@ -409,7 +411,7 @@ def meshgrid(b: Builder, tensors: Sequence[ir.Value], *, indexing: str = "ij") -
     )  # fmt: skip
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------------------------
 def size_of(b: Builder, x: ir.Value, dim: int) -> Arg:
     return b.size(x, dim)
 

@@ -132,4 +132,6 @@ def _name(node: fx.Node, target: str) -> str:
     owner, _, leaf = target.rpartition(".")
     if leaf != "weight":
         return target
-    return info(node).path or owner or target
+    path = info(node).path
+    inside = not path or owner.startswith(f"{path}.")  # a module that uses the weight of one it holds
+    return (owner if inside else path) or target

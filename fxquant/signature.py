@@ -83,6 +83,7 @@ class Signature:
 
     def _check_types(self, given: Mapping[str, Any]) -> None:
         sizes: dict[str, int] = {}
+        derived: list[tuple[Input, Tensor, int, str]] = []  # sizes such as 2*batch, checked once all names are known
         for item in self.inputs:
             value = given[item.name]
             if not isinstance(value, Tensor):
@@ -90,19 +91,29 @@ class Signature:
             if value.dtype != item.type.dtype or value.dim() != len(item.type.shape):
                 raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type}")
             for size, dim in zip(value.shape, item.type.shape, strict=True):
-                if isinstance(dim, str) and dim.isidentifier():
-                    want = sizes.setdefault(dim, size)
-                else:
-                    want = dim if isinstance(dim, int) else evaluate(dim, sizes)
-                if size != want:
-                    known = f" with {dim} = {want}" if isinstance(dim, str) else ""
+                if isinstance(dim, str) and not dim.isidentifier():
+                    derived.append((item, value, size, dim))
+                elif size != (dim if isinstance(dim, int) else sizes.setdefault(dim, size)):
+                    known = f" with {dim} = {sizes[dim]}" if isinstance(dim, str) else ""
                     raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type}{known}")
+        for item, value, size, dim in derived:
+            _check_derived(item, value, size, dim, sizes)
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The model's output from the graph's flat outputs: its own type, or plain containers for a loaded program."""
         if self.out_spec is not None:
             return pytree.tree_unflatten(list(outputs), self.out_spec)
         return _build(self.output, outputs)
+
+
+def _check_derived(item: Input, value: Tensor, size: int, dim: str, sizes: Mapping[str, int]) -> None:
+    """Raise an InputError unless ``size`` is the value of the expression ``dim``, if its names are known."""
+    try:
+        want = evaluate(dim, sizes)
+    except ValueError:  # a name that no input has as a plain size: nothing to compare with
+        return
+    if size != want:
+        raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type} with {dim} = {want}")
 
 
 def describe(value: Tensor) -> str:

@@ -359,3 +359,22 @@ def test_what_is_no_model() -> None:
         capture(3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected a tuple of positional inputs"):
         capture(nn.Linear(4, 4), 3)
+
+
+def test_names_that_fx_keeps_for_itself() -> None:
+    model = nn.Module()
+    model.graph = nn.Linear(2, 2)
+    model.forward = lambda x: model.graph(x)  # type: ignore[method-assign]
+    with pytest.raises(CaptureError, match="keeps the name 'graph' for itself; rename"):
+        capture(model, (torch.randn(3, 2),))
+
+
+def test_sizes_that_depend_on_another_input_are_checked_in_any_order() -> None:
+    class Halves(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + torch.cat([y, y])
+
+    program = capture(Halves(), (torch.randn(4, 8), torch.randn(2, 8)))
+    assert program(torch.randn(6, 8), torch.randn(3, 8)).shape == (6, 8)
+    with pytest.raises(InputError):
+        program(torch.randn(6, 8), torch.randn(2, 8))

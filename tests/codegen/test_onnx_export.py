@@ -80,7 +80,9 @@ class Tokens(nn.Module):
         return {"logits": self.head(self.embed(ids).tanh())}
 
 
-def compiled(model: nn.Module, example: Any, spec: str = "e3m2/channel", *, lower: bool = True, rules: Any = None) -> Program:
+def compiled(
+    model: nn.Module, example: Any, spec: str = "e3m2/channel", *, lower: bool = True, rules: Any = None
+) -> Program:
     """The program of ``model`` with its weights quantized, in QDQ form or on packed codes."""
     rules = rules or (LayerRule("*", parse_spec(spec)),)
     stages = [Stage(NORMALIZE), Stage(INSERT_QDQ, {"rules": rules}), Stage(REMOVE_DEAD)]
@@ -116,10 +118,10 @@ def opsets() -> tuple[int, ...]:
     return (21, 22, 23, 24)
 
 
-# --- packed weights ------------------------------------------------------------------------------------------------------
+# --- packed weights -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("format", FORMATS)
 def test_weights_decode_exactly(format: str, tmp_path: Path) -> None:
-    """x = I makes every output one decoded weight: equal bit for bit, for every granularity, ragged rows, scale types."""
+    """x = I makes every output one decoded weight: equal bit for bit, ragged rows and scale types too."""
     for i, granularity in enumerate(GRANULARITIES):
         for width in (16, 22):
             spec = f"{format}/{granularity}{(':fp16', ':bf16', '', '')[i] if width == 22 else ''}"
@@ -184,7 +186,7 @@ def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
     assert difference(program, session, torch.randint(0, 31, (3, 4))) < 1e-5
 
 
-# --- the file ------------------------------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------------------------
 def test_names_types_and_metadata(tmp_path: Path) -> None:
     program = compiled(Tokens(), (torch.randint(0, 31, (2, 7)),))
     session = exported(program, tmp_path / "m.onnx", metadata={"recipe": "fp6"})
@@ -232,14 +234,16 @@ def test_an_output_that_is_an_input_or_a_constant(tmp_path: Path) -> None:
     assert difference(program, exported(program, tmp_path / "m.onnx"), torch.randn(2, 3)) == 0.0
 
 
-# --- errors --------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 def test_unknown_operator_is_named(tmp_path: Path) -> None:
     class Inner(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.linalg.qr(x)[0]
 
     program = capture(nn.Sequential(nn.ReLU(), Inner()), (torch.randn(4, 4),))
-    with pytest.raises(ExportError, match=r"aten.linalg_qr has no ONNX converter \(layer '1', at test_onnx_export.py:\d+\)"):
+    with pytest.raises(
+        ExportError, match=r"aten.linalg_qr has no ONNX converter \(layer '1', at test_onnx_export.py:\d+\)"
+    ):
         export_onnx(program, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
@@ -275,7 +279,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.onnx", "old")]
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------------------------
 def tiny_llama() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -331,7 +335,9 @@ def test_bert_with_padding(tmp_path: Path) -> None:
     program = compiled(tiny_bert(), {"input_ids": tokens(2, 8), "attention_mask": padded(2, 8)})
     session = exported(program, tmp_path / "m.onnx")
     for batch, length in ((1, 1), (3, 37)):
-        assert difference(program, session, input_ids=tokens(batch, length), attention_mask=padded(batch, length)) < 1e-5
+        assert (
+            difference(program, session, input_ids=tokens(batch, length), attention_mask=padded(batch, length)) < 1e-5
+        )
 
 
 @pytest.mark.slow
