@@ -320,7 +320,8 @@ def integer(op_type: str) -> Converter:
 
 _UNARY = {
     "Abs": ("abs",), "Neg": ("neg",), "Exp": ("exp",), "Log": ("log",), "Sqrt": ("sqrt",), "Sin": ("sin",),
-    "Cos": ("cos",), "Tan": ("tan",), "Asin": ("asin",), "Acos": ("acos",), "Atan": ("atan",), "Sinh": ("sinh",), "Cosh": ("cosh",),
+    "Cos": ("cos",), "Tan": ("tan",), "Asin": ("asin",), "Acos": ("acos",),
+    "Atan": ("atan",), "Sinh": ("sinh",), "Cosh": ("cosh",),
     "Asinh": ("asinh",), "Acosh": ("acosh",), "Atanh": ("atanh",), "Tanh": ("tanh",), "Sigmoid": ("sigmoid",),
     "Erf": ("erf", "special_erf"), "Floor": ("floor",), "Ceil": ("ceil",), "Round": ("round",), "Sign": ("sign", "sgn"),
     "Reciprocal": ("reciprocal",), "Relu": ("relu",),

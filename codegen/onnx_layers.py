@@ -244,7 +244,8 @@ def avg_pool(n: int) -> Converter:
         if divisor is not None:
             raise UnsupportedError("avg_pool with divisor_override")
         window = {"kernel_shape": _each(kernel, n), "strides": _each(stride or kernel, n),
-                  "pads": _each(padding, n) * 2, "ceil_mode": int(ceil), "count_include_pad": int(count_padding)}  # fmt: skip
+                  "pads": _each(padding, n) * 2, "ceil_mode": int(ceil),
+                  "count_include_pad": int(count_padding)}  # fmt: skip
         return _batched(b, x, n, lambda x: b.op("AveragePool", x, **window))
 
     return convert
