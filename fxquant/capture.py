@@ -67,7 +67,7 @@ def check_model(model: nn.Module) -> None:
             raise WeightError(f"{name} is on the meta device and has no values; load the model's weights first")
         head = name.partition(".")[0]
         if hasattr(fx.GraphModule, head) or head in ("meta", "_graph"):
-            raise CaptureError(f"{name}: torch.fx keeps the name {head!r} for itself; rename that attribute of the model")
+            raise CaptureError(f"{name}: torch.fx keeps the name {head!r} for itself; rename that attribute")
 
 
 def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> Program:
