@@ -11,7 +11,8 @@ import torch
 
 import fxquant
 from fxquant.errors import FormatError
-from fxquant.formats import FloatFormat, IntFormat, default_bias, default_specials, parse_format
+from fxquant.formats import FloatFormat, IntFormat, parse_format
+from fxquant.grids import default_bias, default_specials
 
 EVERY = [
     FloatFormat(e, m, default_bias(e), default_specials(e, m))
