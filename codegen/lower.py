@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant import packing
 from fxquant.graph import info, update_info
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program
+from fxquant.qtensor import store_scale
 from fxquant.rewrite import (
     Call,
     Decline,
@@ -42,17 +43,27 @@ def lower(program: Program, settings: Mapping[str, Any]) -> Log:
 
 
 def pack_weight(gm: fx.GraphModule, node: fx.Node) -> None:
-    """Replace the codes that a ``dequantize`` node reads by packed bytes; the node is then lowered by a rule."""
+    """Replace the codes and scales that a ``dequantize`` node reads by their stored form; a rule then lowers it."""
     codes_node, spec = node.args[0], parse_spec(str(node.args[3]))
     assert isinstance(codes_node, fx.Node)
     name = str(codes_node.target).removesuffix("_codes") + "_packed"
-    packed = packing.pack(fetch(gm, str(codes_node.target)), spec.format.bits)
-    attach(gm, name, packed)
-    detach(gm, str(codes_node.target))
-    with gm.graph.inserting_before(codes_node):
-        new = get_attr(gm.graph, name, packed)
-    codes_node.replace_all_uses_with(new)
-    gm.graph.erase_node(codes_node)
+    packed = packing.pack(fetch(gm, str(codes_node.target)), packing.planar(spec.format.bits))
+    _exchange(gm, codes_node, name, packed)
+    scale_node = node.args[1]
+    assert isinstance(scale_node, fx.Node)
+    scale = fetch(gm, str(scale_node.target))
+    if (stored := store_scale(scale, spec)) is not scale:
+        _exchange(gm, scale_node, f"{scale_node.target}_codes", stored)
+
+
+def _exchange(gm: fx.GraphModule, old: fx.Node, name: str, value: Tensor) -> None:
+    """Put the constant ``value`` in the place of the constant that ``old`` reads."""
+    attach(gm, name, value)
+    detach(gm, str(old.target))
+    with gm.graph.inserting_before(old):
+        new = get_attr(gm.graph, name, value)
+    old.replace_all_uses_with(new)
+    gm.graph.erase_node(old)
 
 
 def _weight(match: Match) -> tuple[Any, ...]:
@@ -74,10 +85,10 @@ def lower_conv2d(match: Match) -> fx.Node | Decline:
 
 
 def lower_embedding(match: Match) -> fx.Node | Decline:
-    dtype = _dequantize(match).kwargs
     return _lowered(
-        match, ops.embedding_wq.default, match["indices"], *_weight(match), match["spec"], match["shape"], **dtype
-    )
+        match, ops.embedding_wq.default, match["indices"], *_weight(match), match["spec"], match["shape"],
+        **_options(match, "dtype"),
+    )  # fmt: skip
 
 
 def _pair(value: Any) -> list[int]:
@@ -89,9 +100,14 @@ def _dequantize(match: Match) -> fx.Node:
     return next(a for a in match.node.args if isinstance(a, fx.Node) and a.target is ops.dequantize.default)
 
 
+def _options(match: Match, *names: str) -> dict[str, Any]:
+    """Those keyword arguments of the dequantize node."""
+    return {k: v for k, v in _dequantize(match).kwargs.items() if k in names}
+
+
 def _lowered(match: Match, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """The packed operator, carrying the WeightQuant of the weight it absorbs."""
-    new = match.call(target, *args, **kwargs)
+    new = match.call(target, *args, **kwargs, **_options(match, "tensor_scale"))
     update_info(new, weight=info(_dequantize(match)).weight)
     return new
 

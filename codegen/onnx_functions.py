@@ -16,6 +16,7 @@ them share a scale; formats with a zero point take one. The bodies are exact: va
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from fxquant.codegen.onnx_elementwise import Converter, rows
 from fxquant.formats import Format, IntFormat
 from fxquant.ops import matrix_shape
 from fxquant.packing import planes
+from fxquant.qtensor import load_scale
+from fxquant.scales import Scales
 from fxquant.scheme import QuantSpec, parse_spec
 
 DOMAIN, VERSION = "fxquant", 1
@@ -226,8 +229,11 @@ def functions(b: Builder) -> list[ir.Function]:
 
 
 def op_type(op: str, format: Format) -> str:
-    """``Linear_e3m2``; a negative exponent bias is written with ``n``, since a name has no minus."""
-    return f"{op}_{str(format).replace('-', 'n')}"
+    """``Linear_e3m2``; n and p stand for the minus and the point of a bias, a checksum for the values of a table."""
+    name = str(format)
+    if name.startswith("lut("):
+        return f"{op}_lut{format.bits}_{zlib.crc32(name.encode()):08x}"
+    return f"{op}_{name.replace('-', 'n').replace('.', 'p')}"
 
 
 # --- converters -----------------------------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ def _call(
         "grouped": size < cols,
         "ragged": bool(cols % unit or cols % size),
         "cast": op in _LAYERS and b.dtype != T.FLOAT,
-        "scale": spec.scale != "fp32",
+        "scale": spec.scale == "fp16",
     }
     key = (op, spec.format)
     b.calls[key] = b.calls.get(key, frozenset()) | {name for name, asked in asks.items() if asked}
@@ -250,8 +256,34 @@ def _call(
     return b.op(name, *inputs, domain=DOMAIN, dtype=dtype, cols=cols, group_size=size, **attributes)
 
 
-def _weight(packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> list[ir.Value]:
+def _weight(
+    b: Builder, packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None, spec: str, outer: ir.Value | None
+) -> list[ir.Value]:
+    scale = _plain_scale(b, packed, scale, parse_spec(spec), outer)
     return [packed, scale] if zero_point is None else [packed, scale, zero_point]
+
+
+def _plain_scale(b: Builder, packed: ir.Value, scale: ir.Value, spec: QuantSpec, outer: ir.Value | None) -> ir.Value:
+    """Scales as the functions take them: floats of one row or a row each. Coded ones, those of blocks of rows and
+    bfloat16 are decoded here, at export."""
+    rows = packed.shape[0] if packed.shape is not None else None
+    held = scale.shape[0] if scale.shape is not None else None
+    if spec.kind.format is None and spec.scale != "bf16" and held in (1, rows):  # the runtime has no bfloat16 kernels
+        return scale
+    stored, above = (_constant_tensor(v) for v in (scale, outer))
+    if stored is None or not isinstance(rows, int):
+        raise UnsupportedError(f"scales of {spec} that are computed in the graph")
+    wide = Scales(load_scale(stored, spec), None, above).effective
+    if wide.shape[0] not in (1, rows):
+        wide = wide.repeat_interleave(spec.block(rows, 1)[0], dim=0)[:rows]
+    return b.const(wide.numpy(), T.FLOAT)
+
+
+def _constant_tensor(value: ir.Value | None) -> torch.Tensor | None:
+    if value is None or value.const_value is None:
+        return None
+    array = value.const_value.numpy()
+    return torch.from_numpy(array.astype(np.uint8 if array.dtype == np.uint8 else np.float32))
 
 
 def _cols(packed: ir.Value, shape: Sequence[int]) -> int:
@@ -261,8 +293,9 @@ def _cols(packed: ir.Value, shape: Sequence[int]) -> int:
 
 
 def linear_wq(b: Builder, x: ir.Value, packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None,
-              bias: ir.Value | None, spec: str, shape: Sequence[int]) -> ir.Value:  # fmt: skip
-    inputs = [x, *_weight(packed, scale, zero_point)]
+              bias: ir.Value | None, spec: str, shape: Sequence[int], tensor_scale: ir.Value | None = None,
+              ) -> ir.Value:  # fmt: skip
+    inputs = [x, *_weight(b, packed, scale, zero_point, spec, tensor_scale)]
     if bias is None:
         return _call(b, "Linear", parse_spec(spec), inputs, _cols(packed, shape))
     return _call(b, "LinearBias", parse_spec(spec), [*inputs, bias], _cols(packed, shape))
@@ -270,25 +303,27 @@ def linear_wq(b: Builder, x: ir.Value, packed: ir.Value, scale: ir.Value, zero_p
 
 def conv2d_wq(b: Builder, x: ir.Value, packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None,
               bias: ir.Value | None, spec: str, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-              dilation: Sequence[int], groups: int) -> ir.Value:  # fmt: skip
+              dilation: Sequence[int], groups: int, tensor_scale: ir.Value | None = None) -> ir.Value:  # fmt: skip
     pads = [*padding, *padding] if len(padding) == 2 else list(padding) * 4
     strides, dilations = list(stride) * (2 // len(stride)), list(dilation) * (2 // len(dilation))
     window = {"strides": strides, "pads": pads, "dilations": dilations, "group": groups, "weight_shape": list(shape)}
-    inputs = [x, *_weight(packed, scale, zero_point), bias]
+    inputs = [x, *_weight(b, packed, scale, zero_point, spec, tensor_scale), bias]
     return _call(b, "Conv2d", parse_spec(spec), inputs, _cols(packed, shape), **window)
 
 
 def embedding_wq(b: Builder, indices: ir.Value, packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None,
-                 spec: str, shape: Sequence[int], **_: Any) -> ir.Value:  # fmt: skip
-    inputs = [indices, *_weight(packed, scale, zero_point)]
+                 spec: str, shape: Sequence[int], tensor_scale: ir.Value | None = None, **_: Any,
+                 ) -> ir.Value:  # fmt: skip
+    inputs = [indices, *_weight(b, packed, scale, zero_point, spec, tensor_scale)]
     return b.cast(_call(b, "Embedding", parse_spec(spec), inputs, _cols(packed, shape)), b.dtype)
 
 
 def _dequantized(op: str) -> Converter:
     def convert(
-        b: Builder, packed: ir.Value, scale: Arg, zero_point: Arg, spec: str, shape: Sequence[int], **_: Any
-    ) -> ir.Value:
-        inputs = _weight(packed, scale, zero_point)
+        b: Builder, packed: ir.Value, scale: Arg, zero_point: Arg, spec: str, shape: Sequence[int],
+        tensor_scale: Arg = None, **_: Any,
+    ) -> ir.Value:  # fmt: skip
+        inputs = _weight(b, packed, scale, zero_point, spec, tensor_scale)
         value = _call(b, op, parse_spec(spec), inputs, _cols(packed, shape), weight_shape=list(shape))
         return b.cast(value, b.dtype)
 

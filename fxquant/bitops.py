@@ -181,8 +181,8 @@ def _same(bits: tuple[Bit, ...], by: int) -> tuple[Bit, ...]:
 
 KINDS: dict[str, Kind] = {
     "word": Kind("{name}", _nothing, lambda x, by: x[0], _same),
-    "or": Kind("{} | {}", _nothing, lambda x, by: x[0] | x[1], _same),  # trace merges its two sides itself
-    "and": Kind("({}) & {by:#x}", _mask, lambda x, by: x[0] & x[0].dtype.type(by),
+    "or": Kind("({} | {})", _nothing, lambda x, by: x[0] | x[1], _same),  # trace merges its two sides itself
+    "and": Kind("({} & {by:#x})", _mask, lambda x, by: x[0] & x[0].dtype.type(by),
                 lambda bits, by: tuple(bit if by >> i & 1 else None for i, bit in enumerate(bits))),
     "shl": Kind("({} << {by})", _distance, lambda x, by: x[0] << x[0].dtype.type(by),
                 lambda bits, by: (None,) * by + bits[:-by]),

@@ -47,7 +47,6 @@ from fxquant.graph import META, TensorType, info
 from fxquant.program import Program
 from fxquant.qtensor import QuantizedTensor, check_scale
 from fxquant.rewrite import attach, get_attrs, identity, tensors
-from fxquant.scheme import QuantSpec
 from fxquant.targets import check_call, decode_target, encode_target
 
 FORMAT, VERSION = "fxquant", 1
@@ -345,7 +344,9 @@ def check_weight(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
     if "shape" not in given:
         return
     key = "codes" if "codes" in given else "packed"
-    codes, scale, zero_point = (_constant(given[k], k, where, constants) for k in (key, "scale", "zero_point"))
+    codes, scale, zero_point, outer = (
+        _constant(given.get(k), k, where, constants) for k in (key, "scale", "zero_point", "tensor_scale")
+    )
     shape = _weight_shape(given["shape"], where)
     if codes is None or scale is None or codes.dim() != 2 or codes.dtype != torch.uint8:
         raise MalformedError(f"{where}: its {key} or its scale is missing, or {key} is not a uint8 matrix")
@@ -353,7 +354,7 @@ def check_weight(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
     if not _fits(rows, shape, _ROWS_FIRST.get(schema.name.partition("::")[2])):
         raise MalformedError(f"{where}: {key} of {rows} rows do not make a weight of shape {list(shape)}")
     try:
-        _check_codes(codes, scale, zero_point, spec, shape, packed=key == "packed")
+        _check_codes(QuantizedTensor(codes, scale, zero_point, spec, shape, outer), packed=key == "packed")
     except FormatError as error:
         raise MalformedError(f"{where}, weight {given[key].target!r}: {error}") from None
 
@@ -365,20 +366,19 @@ def _fits(rows: int, shape: tuple[int, ...], rank: int | None) -> bool:
     return rows in [math.prod(shape[:k]) for k in range(len(shape) + 1)]
 
 
-def _check_codes(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: tuple[int, ...], *, packed: bool
-) -> None:
+def _check_codes(q: QuantizedTensor, *, packed: bool) -> None:
+    """Raise a FormatError unless codes, or packed bytes in their place, and scales are what the spec wants."""
     if not packed:
-        QuantizedTensor(codes, scale, zero_point, spec, shape).check()
+        q.check()
         return
-    rows = int(codes.shape[0])
-    cols = math.prod(shape) // rows
-    want = packing.packed_shape((rows, cols), spec.format.bits)
-    if tuple(codes.shape) != want:
+    rows = int(q.codes.shape[0])
+    cols = math.prod(q.shape) // rows
+    want = packing.packed_shape((rows, cols), packing.planar(q.spec.format.bits))
+    if tuple(q.codes.shape) != want:
         raise FormatError(
-            f"packed codes have shape {list(codes.shape)}; {spec} of {rows}x{cols} codes wants {list(want)}"
+            f"packed codes have shape {list(q.codes.shape)}; {q.spec} of {rows}x{cols} codes wants {list(want)}"
         )
-    check_scale(scale, zero_point, spec, rows=rows, cols=cols)
+    check_scale(q.scale, q.zero_point, q.spec, rows=rows, cols=cols, tensor_scale=q.tensor_scale)
 
 
 def _constant(value: Any, key: str, where: str, constants: Mapping[str, Tensor]) -> Tensor | None:

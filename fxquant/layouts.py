@@ -8,10 +8,11 @@ layout says how codes come out of words, in ``fxquant.bitops``; how they got in 
             codes, each          | rotl(b, 2g) & 0x90909090            which is the high byte of the float16
     b       s and e2 of 16                                             2^-12 * value
 
-Axes have names of a letter, and sizes: ``cols="g4 q2 r16 j2"`` reads a tile's 256 columns as [4, 2, 16, 2], ``units="r"``
-numbers its units, ``slots="g j q"`` the 16 codes of each. ``Stream("w r")`` puts words of all units in memory: first
-``w``, which of its words, then ``r``. Every word is little-endian. Streams lie one after the other, for every row where
-a tile is of one row, else for the whole matrix.
+Axes have names of a letter, and sizes: ``cols="g4 q2 r16 j2"`` reads a tile's 256 columns as [4, 2, 16, 2],
+``units="r"`` numbers its units, ``slots="g j q"`` the 16 codes of each. ``Stream(words, "w r")`` puts the words of all
+units of a tile in memory: first by ``w``, which of the words, then by ``r``. Every word is little-endian. Tiles follow
+each other along the row, and streams lie one after the other: in every row where a tile is of one row, else once for
+the whole matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -94,6 +95,11 @@ class Layout:
         return math.prod(_sizes(self.rows).values()), math.prod(_sizes(self.cols).values())
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """Where the bits of a code are in its lane, lowest first."""
+        return self.field or tuple(range(self.bits))
+
+    @property
     def unit_slots(self) -> int:
         """Codes of a unit."""
         return math.prod(self.sizes[axis] for axis in self.slots.split())
@@ -105,9 +111,8 @@ class Layout:
     @cached_property
     def bit_map(self) -> tuple[tuple[tuple[str, int], ...], ...]:
         """For each slot and each bit of its code, lowest first: (word, position) of the stored bit."""
-        place = self.field or range(self.bits)
         traced = [trace(expr) for expr in self.decode]
-        slots = [tuple(bits[lane + at] for at in place) for bits in traced for lane in self.lanes]
+        slots = [tuple(bits[lane + at] for at in self.places) for bits in traced for lane in self.lanes]
         for k, slot in enumerate(slots):
             if None in slot:
                 raise FormatError(f"layout {self.name}: bit {slot.index(None)} of slot {k} is always 0")
@@ -175,34 +180,41 @@ def _check_bits(layout: Layout) -> None:
 
 
 def _check_order(layout: Layout, slot_of: Mapping[tuple[str, int], int]) -> None:
+    """Raise a FormatError unless the bits of each stream are those of slot 0, then of slot 1, ..., as many of each."""
     for stream in layout.streams:
         slots = [slot_of[w.name, i] for w in stream.words for i in range(w.bits)]
-        if slots != sorted(slots) or layout.units:
+        if layout.units or slots != [i * layout.unit_slots // len(slots) for i in range(len(slots))]:
             raise FormatError(f"layout {layout.name}: a stream is not in the order of columns, so it has no short end")
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
 def reference_unpack(packed: Codes, layout: Layout, shape: tuple[int, int]) -> Codes:
     """Codes ``[rows, cols]`` of packed bytes: the decode expressions, evaluated word by word in numpy."""
-    rows, cols = shape
-    high, wide = layout.tile
+    (rows, cols), (high, wide) = shape, layout.tile
     bands, tiles = -(-rows // high), -(-cols // wide)
     words: dict[str, Array] = {}
     start = 0
     for stream, size in zip(layout.streams, layout.stream_bytes(cols), strict=True):
-        of_rows = packed[:, start : start + size] if high == 1 else packed.reshape(bands * high, -1)
-        raw = of_rows if high == 1 else packed.reshape(-1)[bands * start : bands * (start + size)].reshape(bands, size)
+        if high == 1:
+            raw = packed[:, start : start + size]
+        else:
+            raw = packed.reshape(-1)[bands * start : bands * (start + size)].reshape(bands, size)
         words |= _read_words(raw, layout, stream, tiles)
         start += size
-    place = layout.field or range(layout.bits)
-    slots = []
-    for value in (evaluate(expr, words).astype(np.uint32) for expr in layout.decode):
-        slots += [sum((value >> (lane + at) & 1) << i for i, at in enumerate(place)) for lane in layout.lanes]
-    codes = np.stack(slots, -1).astype(np.uint8)  # [bands, tiles, *units, slot]
+    decoded = [evaluate(expr, words) for expr in layout.decode]
+    slots = [_read_code(value, lane, layout.places) for value in decoded for lane in layout.lanes]
     names = ["B", "T", *layout.units.split(), *layout.slots.split()]
-    codes = codes.reshape(bands, tiles, *(layout.sizes[n] for n in names[2:]))
+    codes = np.stack(slots, -1).reshape(bands, tiles, *(layout.sizes[n] for n in names[2:]))
     order = ["B", *_sizes(layout.rows), "T", *_sizes(layout.cols)]
     return codes.transpose([names.index(n) for n in order]).reshape(bands * high, tiles * wide)[:rows, :cols]
+
+
+def _read_code(value: Array, lane: int, places: tuple[int, ...]) -> Codes:
+    """The code in one lane of decoded words, bit by bit."""
+    code = np.zeros(value.shape, np.uint8)
+    for i, at in enumerate(places):
+        code |= (value >> value.dtype.type(lane + at) & value.dtype.type(1)).astype(np.uint8) << np.uint8(i)
+    return code
 
 
 def _read_words(raw: Codes, layout: Layout, stream: Stream, tiles: int) -> dict[str, Array]:
@@ -285,9 +297,9 @@ def _merge(one: Expr | None, other: Expr) -> Expr:
 def _split42(name: str, triples: int) -> Layout:
     """The 4+2 split for kernels that decode four codes with two operations; the module's picture.
 
-    A row is cut into blocks of ``16 * triples`` columns; triple r holds columns ``32p' + ...`` so that register pair
-    ``p = 2g + q`` of all triples is a run of columns: ``k = p * 2R + 2r + j``, in byte ``2j + q`` of T_g. Memory of a
-    row: a as int32 [block][2][R], then b as int32 [block][R].
+    A row is cut into blocks of 16R columns, R triples of words. Byte ``2j + q`` of ``T_g`` of triple r is column
+    ``k = 2R * p + 2r + j`` of the block, p = 2g + q: two bytes that become a register pair are neighbours, and pair p
+    of all triples is one run of columns. Memory of a row: a as int32 [block][2][R], then b as int32 [block][R].
     """
     a, b = (word("a0", 32), word("a1", 32)), word("b", 32)
     decode = tuple(a[g // 2] >> 4 * (g % 2) & 0x0F0F0F0F | rotl(b, 2 * g) & 0x90909090 for g in range(4))
@@ -315,16 +327,17 @@ def _halves() -> Layout:
     return Layout("halves", 4, (x & 0x0F, x >> 4), (Stream((x,), "i w"),), cols="h2 i16", units="i", slots="h")
 
 
+_DENSE = {bits: _dense(bits) for bits in range(1, 9)}
 _ROWS: tuple[Layout | Block, ...] = (
     *(_planar(bits) for bits in range(1, 9)),  # disk, ONNX, the reference operators
-    *(_dense(bits) for bits in range(1, 9)),
+    *_DENSE.values(),
     _split42("split42", 16),
     _split42("split42r8", 8),
     _tensor_core(),
     Block("mxfp4", _halves(), 32),  # = GGUF's MXFP4 block
-    Block("mxfp6", _dense(6), 32),
-    Block("mxfp8", _dense(8), 32),
-    Block("nvfp4", _dense(4), 16),
+    Block("mxfp6", _DENSE[6], 32),
+    Block("mxfp8", _DENSE[8], 32),
+    Block("nvfp4", _DENSE[4], 16),
 )
 LAYOUTS: dict[str, Layout | Block] = {row.name: row for row in _ROWS}
 
@@ -336,7 +349,6 @@ def parse_layout(name: str) -> Layout | Block:
     raise FormatError(f"unknown layout {name!r}{near(name, LAYOUTS)}; expected one of {', '.join(LAYOUTS)}")
 
 
-@cache
 def planar(bits: int) -> Layout:
     """The ``planar<n>`` layout of n-bit codes, the one on disk."""
     planes(bits)

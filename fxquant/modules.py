@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -11,27 +13,34 @@ from fxquant.ops import operators as ops
 from fxquant.program import Program
 from fxquant.rewrite import fetch
 
+_PARTS = ("packed", "scale", "zero_point", "tensor_scale")
+
 
 class PackedWeight(nn.Module):
-    """A packed weight as a module's buffers: uint8 codes, scale, and zero point where the format has one."""
+    """A packed weight as buffers: uint8 codes, scales, zero point and scale of scales where there are any."""
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    tensor_scale: Tensor | None
 
-    def __init__(self, parts: tuple[Tensor, Tensor, Tensor | None], spec: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, parts: Mapping[str, Tensor | None], spec: str, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.spec, self.shape = spec, shape
-        for name, value in zip(("packed", "scale", "zero_point"), parts, strict=True):
+        for name, value in parts.items():
             self.register_buffer(name, value)
 
     def decode(self) -> Tensor:
         """The real weight, float32 of the logical shape."""
-        return ops.dequantize_packed(self.packed, self.scale, self.zero_point, self.spec, list(self.shape))  # type: ignore[no-any-return]
+        return ops.dequantize_packed(*self.parts, self.spec, list(self.shape), **self.outer)  # type: ignore[no-any-return]
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.packed, self.scale, self.zero_point
+
+    @property
+    def outer(self) -> dict[str, Tensor | None]:
+        return {"tensor_scale": self.tensor_scale}
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {'x'.join(map(str, self.shape))}"
@@ -48,7 +57,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight_packed
-        return ops.linear_wq(x, *w.parts, self.bias, w.spec, list(w.shape))  # type: ignore[no-any-return]
+        return ops.linear_wq(x, *w.parts, self.bias, w.spec, list(w.shape), **w.outer)  # type: ignore[no-any-return]
 
 
 class QuantizedConv2d(nn.Module):
@@ -61,7 +70,7 @@ class QuantizedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight_packed
-        return ops.conv2d_wq(x, *w.parts, self.bias, w.spec, list(w.shape), *self.window)  # type: ignore[no-any-return]
+        return ops.conv2d_wq(x, *w.parts, self.bias, w.spec, list(w.shape), *self.window, **w.outer)  # type: ignore[no-any-return]
 
 
 class QuantizedEmbedding(nn.Module):
@@ -74,7 +83,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         w = self.weight_packed
-        return ops.embedding_wq(indices, *w.parts, w.spec, list(w.shape))  # type: ignore[no-any-return]
+        return ops.embedding_wq(indices, *w.parts, w.spec, list(w.shape), **w.outer)  # type: ignore[no-any-return]
 
 
 class DecodedParameter(nn.Module):
@@ -108,10 +117,10 @@ def _packed_weights(program: Program) -> dict[str, PackedWeight]:
         quant = info(node).weight
         if quant is None or node.op != "call_function":
             continue
-        arguments = dict(zip([a.name for a in node.target._schema.arguments], node.args, strict=False))
-        parts = [None if arguments[k] is None else fetch(program.gm, str(arguments[k].target))
-                 for k in ("packed", "scale", "zero_point")]  # fmt: skip
-        found[quant.weight] = PackedWeight(tuple(parts), arguments["spec"], tuple(arguments["shape"]))  # type: ignore[arg-type]
+        names = [a.name for a in node.target._schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        parts = {k: None if given.get(k) is None else fetch(program.gm, str(given[k].target)) for k in _PARTS}
+        found[quant.weight] = PackedWeight(parts, given["spec"], tuple(given["shape"]))
     return found
 
 

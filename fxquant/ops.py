@@ -3,17 +3,19 @@
 The reference body of an op is its definition: every back end registers another implementation of the same op and is
 tested against this one. Ops on packed codes never see a float weight::
 
-    quantize(x, scale, zp, spec)                     codes of x                                       uint8 [rows, cols]
-    dequantize(codes, scale, zp, spec, shape)        real values, reshaped to shape                   QDQ form
-    dequantize_packed(packed, scale, zp, spec, shape)   the same from planar bytes                    any consumer
-    linear_wq(x, packed, scale, zp, bias, spec, shape)      x @ W^T + bias,  W = dequantize_packed(...)
+    quantize(x, scale, zp, spec)                        codes of x                               uint8 [rows, cols]
+    dequantize(codes, scale, zp, spec, shape)           real values of logical shape             QDQ form of a weight
+    fake_quantize(x, scale, zp, spec)                   dequantize(quantize(x)), straight-through gradient
+    fake_quantize_dynamic(x, spec)                      the same, scales found row by row        QDQ form of activations
+    dequantize_packed(packed, scale, zp, spec, shape)   real values of planar bytes              for any consumer
+    linear_wq(x, packed, scale, zp, bias, spec, shape)  x @ W^T + bias,  W = dequantize_packed(...)
     conv2d_wq(x, packed, ..., stride, padding, dilation, groups)
     embedding_wq(indices, packed, scale, zp, spec, shape)   rows of W, only those that are asked for
 
-``spec`` is a QuantSpec's text, ``shape`` the logical shape of the weight, ``zp`` a zero point or None. W is decoded in
-float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one. Gradients flow to x
-and bias (codes have none); ``quantize`` followed by ``dequantize`` has no gradient, ``fake_quantize`` is the
-straight-through form of the pair.
+``spec`` is a QuantSpec's text, ``shape`` the logical shape of the weight, ``zp`` a zero point or None, and
+``tensor_scale`` the scale of scales where the spec has one. Scales may be in their stored form (``store_scale``). W is
+decoded in float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one. Gradients
+flow to x and bias (codes have none); ``quantize`` followed by ``dequantize`` has no gradient, the fake forms have.
 """
 
 from __future__ import annotations
@@ -26,25 +28,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxquant import packing, qtensor
+from fxquant import packing, qtensor, scales
+from fxquant.scales import Scales
 from fxquant.scheme import QuantSpec, parse_spec
 
 NAMESPACE = "fxquant"
+Shape = Sequence[int]
+Zero = Tensor | None
+Outer = Tensor | None
 DType = torch.dtype | None
 
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero_point"
-_DECODED = "str spec, int[] shape, *, ScalarType? dtype=None"
+_OUTER = "Tensor? tensor_scale=None"
+_DTYPE = "*, ScalarType? dtype=None"
 SCHEMAS = (
-    "quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec) -> Tensor",
-    f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point, {_DECODED}) -> Tensor",
-    "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec) -> Tensor",
-    f"dequantize_packed({_WEIGHT}, {_DECODED}) -> Tensor",
-    f"linear_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape) -> Tensor",
+    f"quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec, {_OUTER}) -> Tensor",
+    f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
+    f"fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec, {_OUTER}) -> Tensor",
+    "fake_quantize_dynamic(Tensor x, str spec) -> Tensor",
+    f"dequantize_packed({_WEIGHT}, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
+    f"linear_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, {_OUTER}) -> Tensor",
     f"conv2d_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, int[] stride, int[] padding, int[] dilation, "
-    "int groups) -> Tensor",
-    f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape, *, ScalarType? dtype=None) -> Tensor",
+    f"int groups, {_OUTER}) -> Tensor",
+    f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
 )
-# quantize and dequantize: the QDQ form that passes edit. The rest: what lowering makes of it.
 
 operators: Any = torch.ops.fxquant
 """The registered operators: import them from here, and they are sure to be defined."""
@@ -54,98 +61,100 @@ for _schema in SCHEMAS:
     _library.define(_schema)
 
 
-def matrix_shape(shape: Sequence[int], rows: int) -> tuple[int, int]:
+def matrix_shape(shape: Shape, rows: int) -> tuple[int, int]:
     """The matrix view ``[rows, cols]`` of a weight of logical ``shape``."""
     return rows, math.prod(shape) // max(rows, 1)
 
 
-def _decode(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, shape: Sequence[int], dtype: DType
-) -> Tensor:
-    cols = matrix_shape(shape, packed.shape[0])[1]
-    codes = packing.unpack(packed, spec.format.bits, cols)
-    return qtensor.dequantize(codes, scale, zero_point, spec, dtype or torch.float32).reshape(tuple(shape))
+def _scales(scale: Tensor, zero_point: Zero, tensor_scale: Outer, spec: QuantSpec) -> Scales:
+    return Scales(qtensor.load_scale(scale, spec), zero_point, tensor_scale)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
-    return qtensor.quantize(x, scale, zero_point, parse_spec(spec))
+def quantize(x: Tensor, scale: Tensor, zero_point: Zero, spec: str, tensor_scale: Outer = None) -> Tensor:
+    parsed = parse_spec(spec)
+    return scales.quantize(x, _scales(scale, zero_point, tensor_scale, parsed), parsed)
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int], *, dtype: DType = None
-) -> Tensor:
-    value = qtensor.dequantize(codes, scale, zero_point, parse_spec(spec), dtype or torch.float32)
-    return value.reshape(tuple(shape))
-
-
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
+    codes: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None, *,
+    dtype: DType = None,
+) -> Tensor:  # fmt: skip
     parsed = parse_spec(spec)
-    codes = qtensor.quantize(x, scale, zero_point, parsed)
-    return qtensor.dequantize(codes, scale, zero_point, parsed, x.dtype)
+    value = scales.dequantize(codes, _scales(scale, zero_point, tensor_scale, parsed), parsed, dtype or torch.float32)
+    return qtensor.from_matrix(value, parsed, tuple(shape))
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Zero, spec: str, tensor_scale: Outer = None) -> Tensor:
+    parsed = parse_spec(spec)
+    given = _scales(scale, zero_point, tensor_scale, parsed)
+    return scales.dequantize(scales.quantize(x, given, parsed), given, parsed, x.dtype)
+
+
+def fake_quantize_dynamic(x: Tensor, spec: str) -> Tensor:
+    return qtensor.fake_quantize_dynamic(x, parse_spec(spec))
 
 
 def dequantize_packed(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int], *, dtype: DType = None
-) -> Tensor:
-    return _decode(packed, scale, zero_point, parse_spec(spec), shape, dtype)
+    packed: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None, *,
+    dtype: DType = None,
+) -> Tensor:  # fmt: skip
+    bits = parse_spec(spec).format.bits
+    codes = packing.unpack(packed, packing.planar(bits), matrix_shape(shape, packed.shape[0])[1])
+    return dequantize(codes, scale, zero_point, spec, shape, tensor_scale=tensor_scale, dtype=dtype)
 
 
 def linear_wq(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    shape: Sequence[int],
-) -> Tensor:
-    return F.linear(x, _decode(packed, scale, zero_point, parse_spec(spec), shape, x.dtype), bias)
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str, shape: Shape,
+    tensor_scale: Outer = None,
+) -> Tensor:  # fmt: skip
+    weight = dequantize_packed(packed, scale, zero_point, spec, shape, tensor_scale=tensor_scale, dtype=x.dtype)
+    return F.linear(x, weight, bias)
 
 
 def conv2d_wq(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    weight = _decode(packed, scale, zero_point, parse_spec(spec), shape, x.dtype)
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str, shape: Shape,
+    stride: Shape, padding: Shape, dilation: Shape, groups: int, tensor_scale: Outer = None,
+) -> Tensor:  # fmt: skip
+    weight = dequantize_packed(packed, scale, zero_point, spec, shape, tensor_scale=tensor_scale, dtype=x.dtype)
     return F.conv2d(x, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def embedding_wq(
-    indices: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    spec: str,
-    shape: Sequence[int],
-    *,
-    dtype: DType = None,
-) -> Tensor:
-    parsed, flat = parse_spec(spec), indices.reshape(-1)
-    per_row = scale.shape[0] > 1
-    rows = _decode(
-        packed.index_select(0, flat),
-        scale.index_select(0, flat) if per_row else scale,
-        zero_point.index_select(0, flat) if per_row and zero_point is not None else zero_point,
+    indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape,
+    tensor_scale: Outer = None, *, dtype: DType = None,
+) -> Tensor:  # fmt: skip
+    parsed, flat, rows = parse_spec(spec), indices.reshape(-1), packed.shape[0]
+    high = parsed.block(rows, shape[1])[0]  # rows that share a scale
+    pick = {rows: flat, -(-rows // high): flat // high}
+
+    def own(value: Tensor | None) -> Tensor | None:
+        if value is None or (value.shape[0] == 1 and rows > 1):
+            return value
+        return value.index_select(0, pick[value.shape[0]])
+
+    found = dequantize_by_row(
+        packing.unpack(packed.index_select(0, flat), packing.planar(parsed.format.bits), shape[1]),
+        _scales(own(scale), own(zero_point), own(tensor_scale), parsed),  # type: ignore[arg-type]
         parsed,
-        (flat.shape[0], shape[1]),
-        dtype,
+        dtype or torch.float32,
     )
-    return rows.reshape(*indices.shape, shape[1])
+    return found.reshape(*indices.shape, shape[1])
+
+
+def dequantize_by_row(codes: Tensor, given: Scales, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """Real values of rows that were picked out of a matrix, each with its own scales already picked out with it."""
+    wide = spec.block(*codes.shape)[1]
+    value = spec.format.decode(codes)
+    if given.zero_point is not None:
+        value = value - scales.spread(given.zero_point.float(), (1, wide), codes.shape)
+    return (value * scales.spread(given.effective, (1, wide), codes.shape)).to(dtype)
 
 
 _BODIES: dict[str, Callable[..., Tensor]] = {
     "quantize": quantize,
     "dequantize": dequantize,
     "fake_quantize": fake_quantize,
+    "fake_quantize_dynamic": fake_quantize_dynamic,
     "dequantize_packed": dequantize_packed,
     "linear_wq": linear_wq,
     "conv2d_wq": conv2d_wq,
@@ -156,86 +165,105 @@ for _name, _body in _BODIES.items():
 
 
 # --- shapes, for tracing without data --------------------------------------------------------------------------------
-def _fake_quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str) -> Tensor:
+def _fake_codes(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.uint8)
 
 
-def _fake_like_x(x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x)
+def _fake_like_x(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_shape(codes: Tensor, *args: Any, dtype: DType = None) -> Tensor:
-    return codes.new_empty(tuple(args[-1]), dtype=dtype or torch.float32)
+def _fake_shape(codes: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None, *,
+                dtype: DType = None) -> Tensor:  # fmt: skip
+    return codes.new_empty(tuple(shape), dtype=dtype or torch.float32)
 
 
-def _fake_linear(x: Tensor, *args: Any) -> Tensor:
-    shape = args[-1]
+def _fake_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str,
+                 shape: Shape, tensor_scale: Outer = None) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
-def _fake_conv2d(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-                 spec: str, shape: Sequence[int], *window: Any) -> Tensor:  # fmt: skip
-    weight = x.new_empty(tuple(shape))
-    return F.conv2d(x, weight, bias, *window)
+def _fake_conv2d(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str,
+                 shape: Shape, stride: Any, padding: Any, dilation: Any, groups: int, tensor_scale: Outer = None,
+                 ) -> Tensor:  # fmt: skip
+    return F.conv2d(x, x.new_empty(tuple(shape)), bias, stride, padding, dilation, groups)
 
 
-def _fake_embedding(indices: Tensor, packed: Tensor, *args: Any, dtype: DType = None) -> Tensor:
-    return packed.new_empty(*indices.shape, args[-1][1], dtype=dtype or torch.float32)
+def _fake_embedding(indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape,
+                    tensor_scale: Outer = None, *, dtype: DType = None) -> Tensor:  # fmt: skip
+    return indices.new_empty(*indices.shape, shape[1], dtype=dtype or torch.float32)
 
 
-for _name, _fake in (
-    ("quantize", _fake_quantize_codes),
-    ("dequantize", _fake_shape),
-    ("fake_quantize", _fake_like_x),
-    ("dequantize_packed", _fake_shape),
-    ("linear_wq", _fake_linear),
-    ("conv2d_wq", _fake_conv2d),
-    ("embedding_wq", _fake_embedding),
-):
+_FAKES: dict[str, Callable[..., Tensor]] = {
+    "quantize": _fake_codes,
+    "dequantize": _fake_shape,
+    "fake_quantize": _fake_like_x,
+    "fake_quantize_dynamic": _fake_like_x,
+    "dequantize_packed": _fake_shape,
+    "linear_wq": _fake_linear,
+    "conv2d_wq": _fake_conv2d,
+    "embedding_wq": _fake_embedding,
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 
 # --- gradients: straight through ------------------------------------------------------------------------------------
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.inputs = inputs
 
 
-def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _inside_its_range(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """d fake_quantize / dx = 1 where x is inside the range of its scale, 0 where it was clipped."""
-    x, scale, zero_point, spec = ctx.inputs
-    parsed = parse_spec(spec)
-    wide = qtensor.spread(scale.to(x.dtype), parsed.group_size(x.shape[1]), x.shape[1])
+    x, scale, zero_point, text, tensor_scale = ctx.inputs
+    spec = parse_spec(text)
+    block = spec.block(*x.shape)
+    given = _scales(scale, zero_point, tensor_scale, spec)
+    wide = scales.spread(given.effective.to(x.dtype), block, x.shape)
     if zero_point is None:
-        inside = x.abs() <= parsed.format.max * wide
+        inside = x.abs() <= spec.format.max * wide
     else:
-        zero = qtensor.spread(zero_point.to(x.dtype), parsed.group_size(x.shape[1]), x.shape[1])
-        inside = (x >= -zero * wide) & (x <= (parsed.format.max - zero) * wide)
-    return torch.where(inside, grad, torch.zeros_like(grad)), None, None, None
+        zero = scales.spread(zero_point.to(x.dtype), block, x.shape)
+        inside = (x >= -zero * wide) & (x <= (spec.format.max - zero) * wide)
+    return torch.where(inside, grad, torch.zeros_like(grad)), None, None, None, None
+
+
+def _unchanged(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A scale of the row's absolute maximum clips nothing, so d fake_quantize_dynamic / dx = 1."""
+    return grad, None
+
+
+def _decoded(ctx: Any, dtype: torch.dtype) -> Tensor:
+    _, packed, scale, zero_point, _, spec, shape = ctx.inputs[:7]
+    return operators.dequantize_packed(  # type: ignore[no-any-return]
+        packed, scale, zero_point, spec, shape, ctx.inputs[-1], dtype=dtype
+    )
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _, packed, scale, zero_point, bias, spec, shape = ctx.inputs
-    weight = torch.ops.fxquant.dequantize_packed(packed, scale, zero_point, spec, shape).to(grad.dtype)
+    bias, shape = ctx.inputs[4], ctx.inputs[6]
     grad_bias = grad.reshape(-1, shape[0]).sum(0) if bias is not None and ctx.needs_input_grad[4] else None
-    return grad @ weight, None, None, None, grad_bias, None, None
+    return grad @ _decoded(ctx, grad.dtype), None, None, None, grad_bias, None, None, None
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, packed, scale, zero_point, bias, spec, shape, stride, padding, dilation, groups = ctx.inputs
-    weight = torch.ops.fxquant.dequantize_packed(packed, scale, zero_point, spec, shape).to(grad.dtype)
-    grad_x = torch.nn.grad.conv2d_input(  # type: ignore[attr-defined]
-        x.shape, weight, grad, stride, padding, dilation, groups
-    )
+    x, bias, window = ctx.inputs[0], ctx.inputs[4], ctx.inputs[7:11]
+    grad_x = torch.nn.grad.conv2d_input(x.shape, _decoded(ctx, grad.dtype), grad, *window)  # type: ignore[attr-defined]
     grad_bias = grad.sum((0, 2, 3)) if bias is not None and ctx.needs_input_grad[4] else None
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
+    return grad_x, None, None, None, grad_bias, *[None] * 7
 
 
-for _name, _backward in (
-    ("fake_quantize", _straight_through),
-    ("linear_wq", _linear_backward),
-    ("conv2d_wq", _conv2d_backward),
+for _name, _backward, _setup in (
+    ("fake_quantize", _inside_its_range, _keep),
+    ("fake_quantize_dynamic", _unchanged, _keep_nothing),
+    ("linear_wq", _linear_backward, _keep),
+    ("conv2d_wq", _conv2d_backward, _keep),
 ):
-    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_keep_inputs, lib=_library)
+    torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=_library)
 
 
 def is_op(target: object) -> bool:

@@ -3,6 +3,10 @@
 A weight is seen as a matrix: ``rows`` are output channels, ``cols`` all that is summed over. A linear weight is its
 own matrix, a convolution kernel ``[out, in, kh, kw]`` becomes ``[out, in * kh * kw]``, expert weights ``[experts, out,
 in]`` become ``[experts * out, in]``. Groups run along the columns, so one rule covers all of them.
+
+Policies: a weight with NaN or Inf is an error, as are integers, a tensor with no element and one without a dimension;
+an activation that is NaN makes its row NaN. Input may be float16, bfloat16, float32 or float64, contiguous or not;
+float64 is computed in float64, all else in float32. Denormal input is a value like any other.
 """
 
 from __future__ import annotations
@@ -15,18 +19,21 @@ from torch import Tensor
 
 from fxquant import packing
 from fxquant.errors import FormatError, WeightError
-from fxquant.scheme import PerTensor, QuantSpec, parse_spec
+from fxquant.grids import CodebookFormat
+from fxquant.scales import Clip, Scales, choose, chunks, dequantize, quantize
+from fxquant.scheme import PerChannel, PerToken, QuantSpec, parse_spec
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
     """Codes with what they mean. Invariants (``check`` raises a FormatError when one is broken)::
 
-    codes       uint8 [rows, cols], every code < 2**spec.format.bits,  rows * cols == prod(shape)
-    scale       spec.scale_dtype, spec.scale_shape(rows, cols), finite and > 0
-    zero_point  uint8, the shape of scale, exactly where spec.has_zero_point; else None
-    real        = format.decode(codes) * scale            (each scale spread over its group)
-                = (codes - zero_point) * scale            for unsigned integers
+    codes         uint8 [rows, cols], every code < 2**spec.format.bits,  rows * cols == prod(shape)
+    scale         spec.scale_dtype, spec.scale_shape(rows, cols), finite and > 0
+    zero_point    uint8, the shape of scale, exactly where spec.has_zero_point; else None
+    tensor_scale  float32, spec.outer_shape(rows): the scale of scales (NVFP4, M2); else None
+    real          = format.decode(codes) * scale * tensor_scale      (each scale spread over its block)
+                  = (codes - zero_point) * scale                     for unsigned integers
     """
 
     codes: Tensor
@@ -34,6 +41,7 @@ class QuantizedTensor:
     zero_point: Tensor | None
     spec: QuantSpec
     shape: tuple[int, ...]
+    tensor_scale: Tensor | None = None
 
     def check(self) -> None:
         """Raise a FormatError that names the first broken invariant."""
@@ -42,34 +50,61 @@ class QuantizedTensor:
         if self.codes.numel() and int(self.codes.max()) >= 2**self.spec.format.bits:
             raise FormatError(f"a code is {int(self.codes.max())}, but {self.spec} has {self.spec.format.bits} bits")
         rows, cols = self.codes.shape
-        check_scale(self.scale, self.zero_point, self.spec, rows=rows, cols=cols)
+        check_scale(self.scale, self.zero_point, self.spec, rows=rows, cols=cols, tensor_scale=self.tensor_scale)
+
+    @property
+    def scales(self) -> Scales:
+        return Scales(self.scale, self.zero_point, self.tensor_scale)
+
+    @property
+    def codebook(self) -> Tensor | None:
+        """The table of a codebook format, float32 ``[2**bits]``; None for other formats."""
+        return self.spec.format.table().float() if isinstance(self.spec.format, CodebookFormat) else None
 
     @property
     def packed(self) -> Tensor:
         """The codes in the planar layout, uint8 ``[rows, packed]``."""
-        return packing.pack(self.codes, self.spec.format.bits)
+        return packing.pack(self.codes, packing.planar(self.spec.format.bits))
+
+    @property
+    def stored_scale(self) -> Tensor:
+        """The scales as they are stored: codes of the scale's own format (uint8), or ``scale`` itself."""
+        return store_scale(self.scale, self.spec)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed codes, the scales and the zero points."""
+        """Bytes of the packed codes, the stored scales, the zero points and the scale of scales."""
         rows, cols = self.codes.shape
-        codes = math.prod(packing.packed_shape((rows, cols), self.spec.format.bits))
-        return codes + self.scale.nbytes + (self.zero_point.nbytes if self.zero_point is not None else 0)
+        codes = math.prod(packing.packed_shape((rows, cols), packing.planar(self.spec.format.bits)))
+        scale = self.scale.numel() if self.spec.kind.format is not None else self.scale.nbytes
+        return codes + scale + sum(t.nbytes for t in (self.zero_point, self.tensor_scale) if t is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real values, of ``shape``, in ``dtype``."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.spec, dtype).reshape(self.shape)
+        return from_matrix(dequantize(self.codes, self.scales, self.spec, dtype), self.spec, self.shape)
 
 
-def check_scale(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, *, rows: int, cols: int) -> None:
-    """Raise a FormatError unless scale and zero point are what ``spec`` wants for ``[rows, cols]`` codes."""
-    want = spec.scale_shape(rows, cols)
-    if tuple(scale.shape) != want or scale.dtype != spec.scale_dtype:
+def check_scale(
+    scale: Tensor,
+    zero_point: Tensor | None,
+    spec: QuantSpec,
+    *,
+    rows: int,
+    cols: int,
+    tensor_scale: Tensor | None = None,
+) -> None:
+    """Raise a FormatError unless scales, zero point and scale of scales are what ``spec`` wants for these codes.
+
+    ``scale`` may be in its stored form, uint8 codes of the scale's own format.
+    """
+    want, stored = spec.scale_shape(rows, cols), scale.dtype == torch.uint8 and spec.kind.format is not None
+    if tuple(scale.shape) != want or not (stored or scale.dtype == spec.scale_dtype):
         raise FormatError(
             f"scale is {scale.dtype} {tuple(scale.shape)}; {spec} of {rows}x{cols} codes wants {spec.scale_dtype} "
             f"{want}"
         )
-    if not bool((scale.isfinite() & (scale > 0)).all()):
+    values = load_scale(scale, spec)
+    if not bool((values.isfinite() & ~values.signbit() & (values.double() != 0)).all()):
         raise FormatError("a scale is not a positive finite number")
     if spec.has_zero_point != (zero_point is not None):
         raise FormatError(f"{spec} {'needs a' if spec.has_zero_point else 'takes no'} zero point")
@@ -77,26 +112,84 @@ def check_scale(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, *, ro
         raise FormatError(f"zero point is {zero_point.dtype} {tuple(zero_point.shape)}; wanted uint8 {want}")
     if zero_point is not None and zero_point.numel() and int(zero_point.max()) >= 2**spec.format.bits:
         raise FormatError(f"a zero point is {int(zero_point.max())}, but {spec} has {spec.format.bits} bits")
+    _check_tensor_scale(tensor_scale, spec, rows)
+
+
+def _check_tensor_scale(tensor_scale: Tensor | None, spec: QuantSpec, rows: int) -> None:
+    want = spec.outer_shape(rows)
+    if (want is None) != (tensor_scale is None):
+        raise FormatError(f"{spec} {'takes no' if want is None else 'needs a'} tensor scale")
+    if tensor_scale is None:
+        return
+    if tensor_scale.dtype != torch.float32 or tuple(tensor_scale.shape) != want:
+        raise FormatError(f"tensor scale is {tensor_scale.dtype} {tuple(tensor_scale.shape)}; wanted float32 {want}")
+    if not bool((tensor_scale.isfinite() & (tensor_scale > 0)).all()):
+        raise FormatError("a tensor scale is not a positive finite number")
+
+
+def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales as stored: uint8 codes where the scale kind has a format of its own, else as they are."""
+    return scale if spec.kind.format is None or scale.dtype == torch.uint8 else spec.kind.format.encode(scale)
+
+
+def load_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """The inverse of ``store_scale``; scales that are not stored codes pass through."""
+    return scale if spec.kind.format is None or scale.dtype != torch.uint8 else spec.kind.format.decode(scale)
 
 
 def quantize_tensor(
-    x: Tensor, spec: QuantSpec | str, *, channel_dims: int = 1, name: str = "tensor"
+    x: Tensor, spec: QuantSpec | str, *, clip: Clip = "absmax", channel_dims: int = 1, name: str = "tensor"
 ) -> QuantizedTensor:
-    """Round ``x`` to nearest: the scale from the absolute maximum of each group, then the codes of ``x / scale``.
+    """Round ``x`` to nearest: a scale for each block (``scales``), stored, then the codes of ``x / scale``.
 
     ``scale = absmax / format.max`` (symmetric) or ``(max - min) / (2^bits - 1)`` with
     ``zero_point = round(-min / scale)`` (unsigned integers, the range widened to hold 0). The scale is rounded to its
-    storage dtype before the codes are chosen; a group of zeros gets scale 1. ZeroQuant-V2, section 3 (RTN).
+    storage format before the codes are chosen; a block of zeros gets scale 1. ZeroQuant-V2, section 3 (RTN). With
+    ``clip="mse"`` the range of each block is the part of its absolute maximum with the least squared error.
 
     The first ``channel_dims`` dimensions of ``x`` are rows of its matrix view. Raises WeightError (with ``name`` in its
     text) for NaN, Inf, integers, no elements, a tensor with no dimension or no storage.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     check_weight(x, name)
-    matrix = x.detach().reshape(math.prod(x.shape[:channel_dims]), -1)
-    scale, zero_point = _choose_scale(matrix, spec, name)
-    codes = quantize(matrix, scale, zero_point, spec)
-    return QuantizedTensor(codes, scale, zero_point, spec, tuple(x.shape))
+    matrix = to_matrix(x.detach(), spec, channel_dims)
+    scales = choose(matrix, spec, clip=clip, name=name)
+    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+    for rows, part, own in chunks(matrix, scales, spec.block(*matrix.shape)[0]):
+        codes[rows] = quantize(part, own, spec)
+    return QuantizedTensor(codes, scales.scale, scales.zero_point, spec, tuple(x.shape), scales.tensor_scale)
+
+
+def fake_quantize_dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Activations rounded to a grid whose scales are found row by row: x is ``[..., K]``, a row its last dimension.
+
+    ``scale = absmax(row) / format.max`` for ``token``; a NaN makes its row NaN. ZeroQuant-FP, section 3.
+    """
+    matrix = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, max(x.shape[-1], 1))
+    if not matrix.numel():
+        return x.clone()
+    scales = choose(matrix, spec, name="activation")
+    return dequantize(quantize(matrix, scales, spec), scales, spec, x.dtype).reshape(x.shape)
+
+
+def to_matrix(x: Tensor, spec: QuantSpec, channel_dims: int = 1) -> Tensor:
+    """``x`` as ``[rows, cols]``; rows are its first dimensions, the axis of ``channel<axis>``, or tokens."""
+    if isinstance(spec.granularity, PerToken):
+        return x.reshape(-1, x.shape[-1])
+    if isinstance(spec.granularity, PerChannel) and spec.granularity.axis:
+        if spec.granularity.axis >= x.dim():
+            raise FormatError(f"{spec} names dimension {spec.granularity.axis} of a tensor of {tuple(x.shape)}")
+        x = x.movedim(spec.granularity.axis, 0)
+    return x.reshape(math.prod(x.shape[:channel_dims]), -1)
+
+
+def from_matrix(matrix: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of ``to_matrix`` for a tensor of logical ``shape``."""
+    axis = spec.granularity.axis if isinstance(spec.granularity, PerChannel) else 0
+    if not axis:
+        return matrix.reshape(shape)
+    moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+    return matrix.reshape(moved).movedim(0, axis)
 
 
 def check_weight(x: Tensor, name: str) -> None:
@@ -107,78 +200,11 @@ def check_weight(x: Tensor, name: str) -> None:
         raise WeightError(f"{name} is on the meta device and has no values; load the model's weights first")
     if x.dim() == 0 or x.numel() == 0:
         raise WeightError(f"{name} has shape {tuple(x.shape)}; a weight needs at least one row and one column")
-    if bad := int((~x.isfinite()).sum()):
-        nan = int(x.isnan().sum())
-        raise WeightError(
-            f"{name} holds {nan} NaN and {bad - nan} Inf among {x.numel()} values; repair the checkpoint, or keep this "
-            f"layer in float with a rule {{match: ..., keep: true}}"
-        )
-
-
-def _choose_scale(matrix: Tensor, spec: QuantSpec, name: str) -> tuple[Tensor, Tensor | None]:
-    group = spec.group_size(matrix.shape[1])
-    whole = isinstance(spec.granularity, PerTensor)
-    if not spec.has_zero_point:
-        low, high = _extremes(matrix, group)
-        absmax = torch.maximum(-low, high)
-        absmax = absmax.amax().reshape(1, 1) if whole else absmax
-        scale = _store(absmax / spec.format.max, spec, name)
-        return torch.where(absmax > 0, scale, torch.ones_like(scale)), None
-    low, high = _extremes(matrix, group)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    if whole:
-        low, high = low.amin().reshape(1, 1), high.amax().reshape(1, 1)
-    scale = _store((high - low) / spec.format.max, spec, name)
-    scale = torch.where(high > low, scale, torch.ones_like(scale))
-    zero_point = torch.round(-low / scale.to(low.dtype)).clamp(0, spec.format.max).to(torch.uint8)
-    return scale, zero_point
-
-
-def _extremes(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every group of columns, float32 or float64 ``[rows, groups]``."""
-    rows, cols = matrix.shape
-    x = matrix if matrix.dtype == torch.float64 else matrix.float()
-    full = cols // group * group
-    low, high = torch.aminmax(x[:, :full].reshape(rows, -1, group), dim=2)
-    if full < cols:  # a shorter last group
-        tail_low, tail_high = torch.aminmax(x[:, full:], dim=1, keepdim=True)
-        low, high = torch.cat([low, tail_low], dim=1), torch.cat([high, tail_high], dim=1)
-    return low, high
-
-
-def _store(scale: Tensor, spec: QuantSpec, name: str) -> Tensor:
-    """``scale`` in its storage dtype; what underflows there becomes the smallest value, what overflows is an error."""
-    info = torch.finfo(spec.scale_dtype)
-    if bool((scale > info.max).any()):
-        raise WeightError(
-            f"{name} needs a scale of {float(scale.max()):.3g}, above the {spec.scale} maximum {info.max}"
-        )
-    return scale.to(spec.scale_dtype).clamp(min=info.tiny)
-
-
-def spread(scale: Tensor, group: int, cols: int) -> Tensor:
-    """Scales ``[rows, groups]`` so that they broadcast over ``[rows, cols]``: each repeated over its group."""
-    return scale if scale.shape[1] == 1 else scale.repeat_interleave(group, dim=1)[:, :cols]
-
-
-def quantize(matrix: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """Codes (uint8) of ``[rows, cols]`` floats for given scales: ``encode(x / scale)``, or ``+ zero_point``."""
-    x = matrix if matrix.dtype == torch.float64 else matrix.float()
-    cols = x.shape[1]
-    ratio = x / spread(scale.to(x.dtype), spec.group_size(cols), cols)
-    if zero_point is not None:
-        ratio = torch.round(ratio) + spread(zero_point.to(x.dtype), spec.group_size(cols), cols)
-    return spec.format.encode(ratio)
-
-
-def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Real values ``[rows, cols]`` of codes: computed in float32 (or float64) and rounded once to ``dtype``."""
-    inner = torch.float64 if dtype == torch.float64 else torch.float32
-    cols = codes.shape[1]
-    group = spec.group_size(cols)
-    value = spec.format.decode(codes, inner)
-    if zero_point is not None:
-        value = value - spread(zero_point.to(inner), group, cols)
-    return (value * spread(scale.to(inner), group, cols)).to(dtype)
+    low, high = torch.aminmax(x.detach())  # one pass: NaN and Inf show in the extremes
+    if bool(low.isfinite() & high.isfinite()):
+        return
+    nan, bad = int(x.isnan().sum()), int((~x.isfinite()).sum())
+    raise WeightError(
+        f"{name} holds {nan} NaN and {bad - nan} Inf among {x.numel()} values; repair the checkpoint, or keep this "
+        f"layer in float with a rule {{match: ..., keep: true}}"
+    )

@@ -13,7 +13,7 @@ from fxquant.errors import FormatError, VerifyError
 from fxquant.graph import TensorType, info
 from fxquant.ops import is_op, matrix_shape
 from fxquant.ops import operators as ops
-from fxquant.qtensor import check_scale
+from fxquant.qtensor import QuantizedTensor, check_scale
 from fxquant.rewrite import fetch
 from fxquant.scheme import QuantSpec, parse_spec
 
@@ -57,16 +57,17 @@ def weight_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
     if node.op != "call_function" or at is None:
         return None
     bytes_, scale, zero_point = (_value(gm, a) for a in node.args[at : at + 3])
+    outer = _value(gm, node.kwargs.get("tensor_scale"))
     spec, shape = _spec_and_shape(node)
     if bytes_ is None or scale is None:
         return None  # computed in the graph
     if node.target is ops.dequantize.default:
-        return _codes_problem(bytes_, scale, zero_point, spec, shape)
+        return _problem(QuantizedTensor(bytes_, scale, zero_point, spec, tuple(shape), outer).check)
     rows, cols = matrix_shape(shape, bytes_.shape[0])
-    want = packing.packed_shape((rows, cols), spec.format.bits)
+    want = packing.packed_shape((rows, cols), packing.planar(spec.format.bits))
     if bytes_.dtype != torch.uint8 or tuple(bytes_.shape) != want:
         return f"packed weight is {bytes_.dtype} {tuple(bytes_.shape)}; {spec} of {shape} wants uint8 {want}"
-    return _scale_problem(scale, zero_point, spec, rows, cols)
+    return _problem(lambda: check_scale(scale, zero_point, spec, rows=rows, cols=cols, tensor_scale=outer))
 
 
 _WEIGHT_AT: dict[Any, int] = {
@@ -90,20 +91,9 @@ def _value(gm: fx.GraphModule, argument: Any) -> Tensor | None:
     return None
 
 
-def _codes_problem(
-    codes: Tensor, scale: Tensor, zp: Tensor | None, spec: QuantSpec, shape: Sequence[int]
-) -> str | None:
-    rows, cols = matrix_shape(shape, codes.shape[0])
-    if codes.dtype != torch.uint8 or tuple(codes.shape) != (rows, cols):
-        return f"codes are {codes.dtype} {tuple(codes.shape)}; a weight of {tuple(shape)} wants uint8 {(rows, cols)}"
-    if codes.numel() and int(codes.max()) >= 2**spec.format.bits:
-        return f"a code is {int(codes.max())}, above the {spec.format.bits} bits of {spec}"
-    return _scale_problem(scale, zp, spec, rows, cols)
-
-
-def _scale_problem(scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, rows: int, cols: int) -> str | None:
+def _problem(check: Callable[[], None]) -> str | None:
     try:
-        check_scale(scale, zero_point, spec, rows=rows, cols=cols)
+        check()
     except FormatError as error:
         return str(error)
     return None

@@ -80,12 +80,14 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
     graph, base = gm.graph, layer.target + ("_t" if layer.transposed else "")
     with graph.inserting_before(_first_use(layer)):
         parts: list[fx.Node | None] = []
-        for suffix, tensor in (("codes", q.codes), ("scale", q.scale), ("zero_point", q.zero_point)):
-            if tensor is not None:
+        for suffix in ("codes", "scale", "zero_point", "tensor_scale"):
+            if (tensor := getattr(q, suffix)) is not None:
                 attach(gm, f"{base}_{suffix}", tensor)
             parts.append(None if tensor is None else get_attr(graph, f"{base}_{suffix}", tensor))
-        dtype: dict[str, Any] = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
-        node = graph.call_function(ops.dequantize.default, (*parts, str(spec), list(q.shape)), dtype)
+        options: dict[str, Any] = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
+        if parts[3] is not None:
+            options["tensor_scale"] = parts[3]
+        node = graph.call_function(ops.dequantize.default, (*parts[:3], str(spec), list(q.shape)), options)
     weight = WeightQuant(layer.target, spec, "rtn", weight_error(value, q), q.nbytes, layer.weight.nbytes)
     set_info(node, NodeInfo(TensorType(value.dtype, q.shape), layer.name, weight=weight))
     return _oriented(graph, node, layer)

@@ -37,7 +37,7 @@ def respec(p: Program) -> None:
 @pytest.mark.parametrize(
     ("lowered", "break_it", "message"),
     [
-        (False, change("0.weight_codes", lambda c: c | 64), "a code is .*, above the 6 bits"),
+        (False, change("0.weight_codes", lambda c: c | 64), "a code is .*has 6 bits"),
         (False, change("0.weight_scale", lambda s: s * torch.nan), "not a positive finite number"),
         (False, change("0.weight_scale", lambda s: -s), "not a positive finite number"),
         (True, change("0.weight_scale", lambda s: s.half()), "0.weight_scale is float16"),

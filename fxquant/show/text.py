@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 
 from fxquant.errors import ConfigError, near
-from fxquant.formats import FloatFormat
 from fxquant.graph import dtype_name
+from fxquant.grids import FloatFormat, IntFormat
 from fxquant.program import Program, Step
-from fxquant.scheme import parse_spec
+from fxquant.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, parse_spec
 from fxquant.show.compare import Difference, compare
 from fxquant.show.summary import LayerSummary, labelled, ratio, summarize
 from fxquant.show.units import percent, plural, seconds, size, table
@@ -189,9 +189,24 @@ def _facts(layer: LayerSummary) -> Iterator[str]:
 def describe_spec(text: str) -> str:
     """A spec in words: ``6-bit float, values up to 28, one float32 scale per output channel``."""
     spec = parse_spec(text)
-    kind = "float" if isinstance(spec.format, FloatFormat) else "integer"
-    per = {"tensor": "for the whole weight", "channel": "per output channel"}
-    where = per.get(str(spec.granularity)) or f"for every {str(spec.granularity)[5:]} weights of a row"
+    kind = {FloatFormat: "float", IntFormat: "integer"}.get(type(spec.format), "codebook")
+    name = str(spec.kind.format) if spec.kind.format is not None else dtype_name(spec.scale_dtype)
     zero = " and zero point" if spec.has_zero_point else ""
-    scale = f"{dtype_name(spec.scale_dtype)} scale{zero}"
-    return f"{spec.format.bits}-bit {kind}, values up to {spec.format.max:g}, one {scale} {where}"
+    above = f", under one float32 scale a {spec.kind.outer}" if spec.kind.outer else ""
+    return (
+        f"{spec.format.bits}-bit {kind}, values up to {spec.format.max:g}, one {name} scale{zero} "
+        f"{_where(spec.granularity)}{above}"
+    )
+
+
+def _where(granularity: Granularity) -> str:
+    match granularity:
+        case PerTensor():
+            return "for the whole weight"
+        case PerChannel(axis):
+            return f"per index of dimension {axis}" if axis else "per output channel"
+        case PerGroup(size):
+            return f"for every {size} weights of a row"
+        case PerBlock(rows, cols):
+            return f"for every block of {rows}x{cols} weights"
+    return "per token"

@@ -1,0 +1,271 @@
+"""Scales: from a matrix to the scale of every block, rounded to how it is stored, before any code is chosen.
+
+::
+
+    ideal    absmax / format.max, symmetric;  (max - min) / (2^bits - 1) with a zero point;  rms for Gaussian grids
+    e8m0     2^k    floor: k = floor(log2 absmax) - floor(log2 format.max)      OCP MX v1.0, section 6.3
+                    even:  floor of absmax rounded to the format's mantissa first
+                    ceil, round: of log2 ideal      mse: of the two powers around it, the one with the smaller error
+    m1       2^k    ceil (as printed), floor, round of log2 ideal, or mse       ZeroQuant-FP, section 3 (M1)
+    m2       2^-k times the largest ideal scale of the row; k: ceil, floor, round of log2(largest / ideal), or mse  (M2)
+    e4m3     E4M3 of ideal / tensor_scale, at least 2^-6; tensor_scale = absmax / (448 * format.max) (NVFP4)
+
+A block of zeros gets the scale 1 (2^-127 under e8m0, as MX tools have it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxquant.errors import WeightError
+from fxquant.grids import CodebookFormat, FloatFormat
+from fxquant.scheme import Block, QuantSpec
+
+Clip = Literal["absmax", "mse"]
+CHUNK = 1 << 18
+"""Elements that a pass over a matrix takes at a time, so that its intermediates stay in the cache."""
+CLIPS = tuple(2.0 ** (-i / 24) for i in range(37))
+"""Ranges that ``clip="mse"`` tries, as parts of the absolute maximum: 1 down to 2^-1.5."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Stored scales of a matrix: ``scale`` and ``zero_point`` one a block, ``tensor_scale`` above them or None."""
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    tensor_scale: Tensor | None = None
+
+    @property
+    def effective(self) -> Tensor:
+        """What a decoded code is multiplied with, float32 or wider."""
+        wide = self.scale if self.scale.dtype == torch.float64 else self.scale.float()
+        return wide if self.tensor_scale is None else wide * self.tensor_scale
+
+
+def choose(matrix: Tensor, spec: QuantSpec, *, clip: Clip = "absmax", name: str = "tensor") -> Scales:
+    """Scales for every block of ``[rows, cols]`` floats.
+
+    ``absmax`` keeps the largest value of a block in range; ``mse`` tries smaller ranges (CLIPS) and keeps, block by
+    block, the one with the least squared error. Raises WeightError where a scale overflows its storage.
+    """
+    low, high = extremes(matrix, spec.block(*matrix.shape))
+    if clip == "absmax":
+        return _stored(matrix, low, high, spec, name)
+    return _least_error(matrix, spec, (_stored(matrix, low, high, spec, name, part=c) for c in CLIPS))
+
+
+def _stored(matrix: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, name: str, *, part: float = 1.0) -> Scales:
+    """Scales for ``part`` of the range ``low..high`` of every block, as they are stored."""
+    if spec.has_zero_point:
+        return _with_zero_point(part * low.clamp(max=0), part * high.clamp(min=0), spec, name)
+    absmax = part * torch.maximum(-low, high)
+    ideal = absmax / spec.format.max
+    if isinstance(spec.format, CodebookFormat) and spec.format.unit == "rms":
+        ideal = part * _rms(matrix, spec.block(*matrix.shape))
+    if spec.kind.outer == "row":
+        return _relative_powers(matrix, ideal, part, spec)
+    if spec.kind.roundings:
+        return _powers(matrix, absmax, ideal, spec)
+    if spec.kind.format is None:
+        return Scales(_where_positive(_cast(ideal, spec, name), ideal))
+    grid = spec.kind.format
+    if spec.kind.outer == "tensor":
+        largest = ideal.amax().reshape(1, 1) / part  # the whole range, whatever part of it a block uses
+        outer = _where_positive(largest / grid.max, largest).float()
+        scale = grid.round((ideal / outer).float().clamp(min=2.0**-6, max=grid.max))
+        return Scales(scale, tensor_scale=outer)
+    return Scales(_where_positive(grid.round(ideal.float()).clamp(min=grid.smallest), ideal))
+
+
+def _where_positive(scale: Tensor, ideal: Tensor) -> Tensor:
+    """``scale``, and 1 for blocks of zeros; NaN stays."""
+    return torch.where(ideal == 0, torch.ones_like(scale), scale)
+
+
+def _cast(ideal: Tensor, spec: QuantSpec, name: str) -> Tensor:
+    """``ideal`` in its storage dtype; what underflows becomes the smallest normal, what overflows is an error."""
+    info = torch.finfo(spec.scale_dtype)
+    if bool(((ideal > info.max) & ideal.isfinite()).any()):
+        raise WeightError(
+            f"{name} needs a scale of {float(ideal.max()):.3g}, above the {spec.scale} maximum {info.max}"
+        )
+    return ideal.to(spec.scale_dtype).clamp(min=info.tiny)
+
+
+def _with_zero_point(low: Tensor, high: Tensor, spec: QuantSpec, name: str) -> Scales:
+    ideal = (high - low) / spec.format.max
+    scale = _where_positive(_cast(ideal, spec, name), ideal)
+    zero_point = torch.round(-low / scale.to(low.dtype)).clamp(0, spec.format.max)
+    return Scales(scale, zero_point.nan_to_num(0).to(torch.uint8))
+
+
+# --- powers of two ----------------------------------------------------------------------------------------------------
+def _floor_log2(x: Tensor) -> Tensor:
+    return torch.frexp(x).exponent - 1
+
+
+def _ceil_log2(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)  # x = mantissa * 2^exponent, mantissa in [1/2, 1)
+    return exponent - (mantissa == 0.5).to(exponent.dtype)
+
+
+def _round_log2(x: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(x)
+    below: Tensor = mantissa < math.sqrt(0.5)
+    return exponent - below.to(exponent.dtype)
+
+
+_LOG2: dict[str, Callable[[Tensor], Tensor]] = {"floor": _floor_log2, "ceil": _ceil_log2, "round": _round_log2}
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2^exponent in float32, exponents limited to E8M0's."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.clamp(-127, 127)).float()
+
+
+def _powers(matrix: Tensor, absmax: Tensor, ideal: Tensor, spec: QuantSpec) -> Scales:
+    if spec.rounding == "mse":
+        low = _floor_log2(ideal)
+        scales = (Scales(_or_zero_block(_power(low + up), absmax, spec)) for up in (0, 1))
+        return _least_error(matrix, spec, scales)
+    if spec.scale == "e8m0" and spec.rounding in ("floor", "even"):
+        top = int(torch.frexp(torch.tensor(spec.format.max, dtype=torch.float64)).exponent) - 1
+        exponent = _floor_log2(absmax) - top
+        if spec.rounding == "even":
+            mbits = spec.format.mbits if isinstance(spec.format, FloatFormat) else spec.format.bits - 2
+            exponent = exponent + (torch.frexp(absmax).mantissa >= 1 - 2.0 ** -(mbits + 2)).to(exponent.dtype)
+    else:
+        exponent = _LOG2[spec.rounding](ideal)
+    return Scales(_or_zero_block(_power(exponent), absmax, spec))
+
+
+def _or_zero_block(scale: Tensor, absmax: Tensor, spec: QuantSpec) -> Tensor:
+    zero = 2.0**-127 if spec.scale == "e8m0" else 1.0
+    scale = torch.where(absmax == 0, torch.full_like(scale, zero), scale)
+    return torch.where(absmax.isfinite(), scale, torch.full_like(scale, torch.nan))
+
+
+def _relative_powers(matrix: Tensor, ideal: Tensor, part: float, spec: QuantSpec) -> Scales:
+    """M2: powers of two below the largest ideal scale of the row, which is that of the whole range."""
+    largest = ideal.amax(dim=1, keepdim=True) / part
+    outer = _where_positive(largest, largest).float()
+    ratio = torch.where(ideal > 0, outer / ideal, torch.ones_like(ideal))
+    outer = outer.repeat_interleave(spec.block(*matrix.shape)[0], dim=0)[: matrix.shape[0]]
+    if spec.rounding == "mse":
+        low = _floor_log2(ratio)
+        return _least_error(matrix, spec, (Scales(_power(-(low + up)), tensor_scale=outer) for up in (0, 1)))
+    return Scales(_power(-_LOG2[spec.rounding](ratio)), tensor_scale=outer)
+
+
+# --- the least error --------------------------------------------------------------------------------------------------
+def _least_error(matrix: Tensor, spec: QuantSpec, candidates: Iterator[Scales]) -> Scales:
+    """Block by block, the candidate with the least squared error; the first of equals."""
+    best = next(candidates)
+    least = squared_error(matrix, best, spec)
+    for other in candidates:
+        error = squared_error(matrix, other, spec)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, other.scale, best.scale)
+        zero = None
+        if best.zero_point is not None and other.zero_point is not None:
+            zero = torch.where(better, other.zero_point, best.zero_point)
+        best = Scales(scale, zero, best.tensor_scale)
+    return best
+
+
+def squared_error(matrix: Tensor, scales: Scales, spec: QuantSpec) -> Tensor:
+    """``sum (W - W')^2`` of every block."""
+    high = spec.block(*matrix.shape)[0]
+    sums = []
+    for _, part, own in chunks(matrix, scales, high):
+        x = part if part.dtype == torch.float64 else part.float()
+        restored = dequantize(quantize(x, own, spec), own, spec, x.dtype)
+        sums.append(block_reduce((x - restored).square(), spec.block(*x.shape), "sum"))
+    return torch.cat(sums)
+
+
+def chunks(matrix: Tensor, scales: Scales, high: int) -> Iterator[tuple[slice, Tensor, Scales]]:
+    """Runs of whole blocks of rows with their scales, about CHUNK elements each."""
+    rows, cols = matrix.shape
+    step = max(1, CHUNK // max(cols * high, 1)) * high
+    for start in range(0, rows, step):
+        where = slice(start, min(start + step, rows))
+        own = slice(start // high, -(-where.stop // high))
+        outer = scales.tensor_scale
+        part = outer[where] if outer is not None and len(outer) == rows and rows > 1 else outer
+        zero = None if scales.zero_point is None else scales.zero_point[own]
+        yield where, matrix[where], Scales(scales.scale[own], zero, part)
+
+
+# --- codes for given scales -------------------------------------------------------------------------------------------
+def quantize(matrix: Tensor, scales: Scales, spec: QuantSpec) -> Tensor:
+    """Codes (uint8) of ``[rows, cols]`` floats: ``encode(x / scale)``, or ``+ zero_point``.
+
+    Under a tensor scale (NVFP4) x is multiplied by ``(1 / tensor_scale) / scale``, as the hardware's tools do it.
+    """
+    x = matrix if matrix.dtype == torch.float64 else matrix.float()
+    block = spec.block(*x.shape)
+    if spec.kind.outer == "tensor" and scales.tensor_scale is not None:
+        ratio = x * spread((1 / scales.tensor_scale) / scales.scale, block, x.shape)
+    else:
+        ratio = x / spread(scales.effective.to(x.dtype), block, x.shape)
+    if scales.zero_point is not None:
+        ratio = torch.round(ratio) + spread(scales.zero_point.to(x.dtype), block, x.shape)
+    return spec.format.encode(ratio)
+
+
+def dequantize(codes: Tensor, scales: Scales, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Real values ``[rows, cols]`` of codes: computed in float32 (or float64) and rounded once to ``dtype``."""
+    inner = torch.float64 if dtype == torch.float64 else torch.float32
+    block = spec.block(*codes.shape)
+    value = spec.format.decode(codes, inner)
+    if scales.zero_point is not None:
+        value = value - spread(scales.zero_point.to(inner), block, codes.shape)
+    return (value * spread(scales.effective.to(inner), block, codes.shape)).to(dtype)
+
+
+# --- blocks of a matrix -----------------------------------------------------------------------------------------------
+def spread(scale: Tensor, block: Block, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Scales of blocks so that they broadcast over the matrix: each repeated over its block."""
+    (high, wide), (rows, cols) = block, shape
+    if scale.shape[0] not in (1, rows):
+        scale = scale.repeat_interleave(high, dim=0)[:rows]
+    if scale.shape[1] not in (1, cols):
+        scale = scale.repeat_interleave(wide, dim=1)[:, :cols]
+    return scale
+
+
+def extremes(matrix: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of every block, float32 or float64; NaN where a block holds one."""
+    x = matrix if matrix.dtype == torch.float64 else matrix.float()
+    return block_reduce(x, block, "min"), block_reduce(x, block, "max")
+
+
+def _rms(matrix: Tensor, block: Block) -> Tensor:
+    x = matrix if matrix.dtype == torch.float64 else matrix.float()
+    total = block_reduce(x.square(), block, "sum")
+    return (total / block_reduce(torch.ones_like(x), block, "sum")).sqrt()
+
+
+def block_reduce(x: Tensor, block: Block, how: Literal["min", "max", "sum"]) -> Tensor:
+    """Reduce every block of ``[rows, cols]`` to one value; blocks at the edges may be smaller."""
+    (rows, cols), (high, wide) = x.shape, block
+    if x.numel() == 0:
+        return x.new_zeros(-(-rows // max(high, 1)), -(-cols // max(wide, 1)))
+    down, across = -rows % high, -cols % wide
+    if down or across:  # repeat the edge, or fill with zeros for a sum
+        mode, value = ("constant", 0.0) if how == "sum" else ("replicate", None)
+        x = F.pad(x[None, None], (0, across, 0, down), mode=mode, value=value)[0, 0]
+    view = x.reshape((rows + down) // high, high, (cols + across) // wide, wide)
+    if how == "sum":
+        return view.sum(dim=(1, 3))
+    return view.amin(dim=(1, 3)) if how == "min" else view.amax(dim=(1, 3))
