@@ -14,13 +14,18 @@ from fxquant.demo import find_model
 from fxquant.evaluate import perplexity, text_windows
 from fxquant.hf import load_model
 
-REFERENCE = {
-    "float": 8.1090,
-    "e3m2/channel": 8.5767,  # torchao's private primitives and brevitas agree to 4 digits
-    "e2m3/channel": 8.2141,
-    "e2m1/group64": 10.4268,
-    "int4/group64": 11.5987,
-}  # weights only, fp32 scales of absmax, head and embedding in float
+REFERENCE: dict[str, tuple[str | None, str | None, float]] = {
+    "float": (None, None, 8.1090),
+    "FP6 E3M2 a row": ("e3m2/channel", None, 8.5767),  # torchao's private primitives and brevitas agree to 4 digits
+    "FP6 E2M3 a row": ("e2m3/channel", None, 8.2141),
+    "FP4 E2M1 groups of 64": ("e2m1/group64", None, 10.4268),  # brevitas
+    "INT4 groups of 64": ("int4/group64", None, 11.5987),
+    "MXFP6 E3M2": ("mxfp6", None, 8.5769),  # torchao
+    "NVFP4": ("nvfp4", None, 9.9446),  # torchao
+    "FP8 E4M3 a row": ("e4m3/channel", None, 8.2760),
+    "FP8 E4M3 a row, E4M3 a token": ("e4m3/channel", "e4m3/token", 8.3520),  # llmcompressor, quark
+}
+"""Name: weights, activations, perplexity measured with other tools; head and embedding in float."""
 
 
 def main() -> None:
@@ -30,17 +35,17 @@ def main() -> None:
     loaded = load_model(find_model())
     windows = text_windows(loaded.tokenizer)[-2:]
     rows = {}
-    for name, want in REFERENCE.items():
-        if name == "float":
+    for name, (weight, activation, want) in REFERENCE.items():
+        if weight is None:
             got, size = perplexity(loaded.model, windows).value, None
         else:
-            config = {"rules": [{"match": "*", "weight": name}]}
+            config = {"rules": [{"match": "*", "weight": weight, "activation": activation}]}
             compiled = fxquant.compile(loaded.model, loaded.example_inputs, config=config)
             got, size = perplexity(compiled, windows).value, compiled.summary().bytes_per_weight
         rows[name] = {"perplexity": got, "reference": want, "difference": got - want, "bytes_per_weight": size}
         if not arguments.json:
-            shown = f"{size:.4f} bytes/weight" if size else ""
-            print(f"{name:14} {got:9.4f}  reference {want:9.4f}  difference {got - want:+.4f}  {shown}", flush=True)
+            shown = f"{size:.4f} bytes a weight" if size else ""
+            print(f"{name:30} {got:9.4f}  reference {want:9.4f}  difference {got - want:+.4f}  {shown}", flush=True)
     if arguments.json:
         print(json.dumps(rows, indent=1))
 

@@ -28,6 +28,7 @@ from fxquant.rewrite import (
     attach,
     detach,
     fetch,
+    free_name,
     get_attr,
 )  # fmt: skip
 from fxquant.scheme import parse_spec
@@ -58,6 +59,7 @@ def pack_weight(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _exchange(gm: fx.GraphModule, old: fx.Node, name: str, value: Tensor) -> None:
     """Put the constant ``value`` in the place of the constant that ``old`` reads."""
+    name = free_name(gm, name)
     attach(gm, name, value)
     detach(gm, str(old.target))
     with gm.graph.inserting_before(old):

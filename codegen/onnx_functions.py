@@ -8,6 +8,7 @@ function of the same name, so that any ONNX runtime executes the file as it is::
     Conv2d_<format>(x, packed, scale[, zero_point][, bias])     convolution with W    + weight_shape, strides, ...
     Embedding_<format>(indices, packed, scale[, zero_point])    rows of W             cols, group_size
     Dequantize_<format>(packed, scale[, zero_point])            W                     + weight_shape
+    FakeQuantizeDynamic_<format>(x)                             x rounded row by row
     DequantizeCodes_<format>(codes, scale[, zero_point])        W from unpacked codes + weight_shape
 
 ``packed`` are the planar bytes of ``packing``, ``cols`` the columns of the matrix view, ``group_size`` how many of
@@ -197,6 +198,26 @@ def _embedding(f: Body, indices: ir.Value, packed: ir.Value, *scales: ir.Value) 
     return f.op("Reshape", values, shape)
 
 
+_CASTS = {"e4m3": T.FLOAT8E4M3FN, "e5m2": T.FLOAT8E5M2}
+"""Formats that the runtime rounds to with a Cast."""
+
+
+def _fake_quantize_dynamic(f: Body, x: ir.Value) -> ir.Value:
+    """x rounded row by row: Cast saturates and rounds to even, integers by Round and Clip."""
+    wide = f.op("Cast", x, to=int(T.FLOAT), dtype=T.FLOAT)
+    absmax = f.op("ReduceMax", f.op("Abs", wide), f.axes(-1), keepdims=1)
+    ideal = f.op("Div", absmax, f.const(f.format.max, T.FLOAT))
+    scale = f.op("Where", f.op("Equal", ideal, f.const(0.0, T.FLOAT)), f.const(1.0, T.FLOAT), ideal)
+    ratio = f.op("Div", wide, scale)
+    if str(f.format) in _CASTS:
+        code = f.op("Cast", ratio, to=int(_CASTS[str(f.format)]), dtype=_CASTS[str(f.format)])
+        rounded = f.op("Cast", code, to=int(T.FLOAT), dtype=T.FLOAT)
+    else:
+        limit = f.format.max
+        rounded = f.op("Clip", f.op("Round", ratio), f.const(-limit, T.FLOAT), f.const(limit, T.FLOAT))
+    return f.op("CastLike", f.op("Mul", rounded, scale), x)
+
+
 _BODIES: dict[str, tuple[Callable[..., ir.Value], tuple[str, ...], dict[str, ir.AttributeType]]] = {
     "Linear": (_linear, ("x", "packed", "scale", "zero_point"), _MATRIX),
     "LinearBias": (_linear_bias, ("x", "packed", "scale", "zero_point", "bias"), _MATRIX),
@@ -204,6 +225,7 @@ _BODIES: dict[str, tuple[Callable[..., ir.Value], tuple[str, ...], dict[str, ir.
     "Embedding": (_embedding, ("indices", "packed", "scale", "zero_point"), _MATRIX),
     "Dequantize": (_dequantize, ("packed", "scale", "zero_point"), _SHAPED),
     "DequantizeCodes": (_dequantize_codes, ("codes", "scale", "zero_point"), _SHAPED),
+    "FakeQuantizeDynamic": (_fake_quantize_dynamic, ("x",), {}),
 }
 
 
@@ -330,7 +352,17 @@ def _dequantized(op: str) -> Converter:
     return convert
 
 
+def fake_quantize_dynamic(b: Builder, x: ir.Value, spec: str) -> ir.Value:
+    parsed = parse_spec(spec)
+    signed = isinstance(parsed.format, IntFormat) and parsed.format.signed
+    if parsed.scale != "fp32" or not (str(parsed.format) in _CASTS or signed):
+        raise UnsupportedError(f"activations in {spec}; this exporter has e4m3, e5m2 and int<N>, with fp32 scales")
+    b.calls[("FakeQuantizeDynamic", parsed.format)] = frozenset()
+    return b.op(op_type("FakeQuantizeDynamic", parsed.format), x, domain=DOMAIN, dtype=b.dtype, shape=x.shape)
+
+
 PACKED: dict[Any, Converter] = rows(
+    (fake_quantize_dynamic, (ops.fake_quantize_dynamic.default,)),
     (linear_wq, (ops.linear_wq.default,)),
     (conv2d_wq, (ops.conv2d_wq.default,)),
     (embedding_wq, (ops.embedding_wq.default,)),

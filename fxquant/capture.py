@@ -195,7 +195,7 @@ def _from_export(exported: ExportedProgram, fixed: dict[str, Any], *, share_batc
     assert isinstance(source, fx.GraphModule)
     builder = _Builder(source, _symbol_names(source.graph, share_batch))
     builder.run()
-    inputs = tuple(Input(n.name, t) for n in builder.inputs if isinstance(t := info(n).type, TensorType))
+    inputs = tuple(Input(str(n.target), t) for n in builder.inputs if isinstance(t := info(n).type, TensorType))
     out_spec = source._out_spec
     assert out_spec is not None
     signature = Signature(inputs, structure_of(out_spec), {**builder.fixed, **fixed}, out_spec)
@@ -266,12 +266,12 @@ class _Builder:
         return []
 
     def placeholder(self, node: fx.Node) -> fx.Node:
-        new = self.graph.placeholder(node.name)
+        new = self.graph.placeholder(str(node.target))  # its name may differ: fx avoids those of Python builtins
         self.describe(new, node)
         if isinstance(info(new).type, TensorType):
             self.inputs.append(new)
         else:
-            self.fixed[node.name] = _plain(node.meta.get("val"))
+            self.fixed[str(node.target)] = _plain(node.meta.get("val"))
             self.graph.erase_node(new)
         return new
 

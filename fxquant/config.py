@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fxquant.errors import ConfigError, FormatError, near
 from fxquant.formats import parse_format
-from fxquant.scheme import LayerRule, QuantSpec, parse_granularity, parse_spec
+from fxquant.scheme import LayerRule, PerChannel, QuantSpec, parse_granularity, parse_spec
 
 
 class _Strict(BaseModel):
@@ -46,7 +46,7 @@ class RuleConfig(_Strict):
         min_length=1, description="glob over layer paths; * crosses dots; the first rule that matches wins"
     )
     weight: str | WeightConfig | None = Field(None, description="format/granularity[:scale], such as e3m2/channel")
-    activation: str | None = Field(None, description="must be left out: this version quantizes weights only")
+    activation: str | None = Field(None, description="format/token: what the inputs of the layers are rounded to")
     keep: bool = Field(False, description="leave the layers in float")
     types: tuple[Literal["linear", "conv", "matmul", "embedding"], ...] | None = Field(
         None, description="only layers of these types; by default all but embeddings, unless match is an exact path"
@@ -56,25 +56,28 @@ class RuleConfig(_Strict):
     @classmethod
     def _known_weight(cls, value: str | WeightConfig | None) -> str | WeightConfig | None:
         if value is not None:
-            _spec_of(value)
+            _check_weight_spec(_spec_of(value))
         return value
 
     @field_validator("activation")
     @classmethod
-    def _no_activation(cls, value: str | None) -> str | None:
-        if value is not None:
-            raise ValueError(f"activation {value!r}: this version quantizes weights only; leave activation out")
+    def _known_activation(cls, value: str | None) -> str | None:
+        if value is not None and not (spec := parse_spec(value)).dynamic:
+            raise ValueError(
+                f"activation {value!r} is not per token; expected <format>/token, such as {spec.format}/token"
+            )
         return value
 
     @model_validator(mode="after")
     def _does_something(self) -> RuleConfig:
-        if (self.weight is not None) == self.keep:
-            raise ValueError(f"rule {self.match!r} needs either a weight or keep: true, and not both")
+        if (self.weight is not None or self.activation is not None) == self.keep:
+            raise ValueError(f"rule {self.match!r} needs a weight, an activation or keep: true, and not both")
         return self
 
     def rule(self) -> LayerRule:
         weight = None if self.weight is None else _spec_of(self.weight)
-        return LayerRule(self.match, weight, self.keep, self.types)
+        activation = None if self.activation is None else parse_spec(self.activation)
+        return LayerRule(self.match, weight, activation, self.keep, self.types)
 
 
 class Config(_Strict):
@@ -116,6 +119,11 @@ def _allowed_passes() -> str:
     return f"expected one of {', '.join(METHODS)}" if METHODS else "this version has no optional passes yet"
 
 
+def _check_weight_spec(spec: QuantSpec) -> None:
+    if spec.dynamic or (isinstance(spec.granularity, PerChannel) and spec.granularity.axis):
+        raise ValueError(f"{spec}: weights take tensor, channel, group<N> or block<R>x<C>")
+
+
 def _spec_of(value: str | WeightConfig) -> QuantSpec:
     return parse_spec(value) if isinstance(value, str) else value.spec()
 
@@ -129,21 +137,29 @@ class Recipe:
     config: Config
 
 
-def _weights(name: str, weight: str, summary: str) -> Recipe:
-    return Recipe(name, summary, Config(rules=(RuleConfig(match="*", weight=weight),)))
+def _uniform(name: str, weight: str, summary: str, *, activation: str | None = None) -> Recipe:
+    return Recipe(name, summary, Config(rules=(RuleConfig(match="*", weight=weight, activation=activation),)))
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        _weights("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))"),
-        _weights(
+        _uniform("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))"),
+        _uniform(
             "W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6"
         ),
-        _weights("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest"),
-        _weights("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
-        _weights("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
-        _weights("W8A16-INT", "int8/channel", "INT8 symmetric weights, one scale a row"),
+        _uniform("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest"),
+        _uniform("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
+        _uniform(
+            "W8A8-FP8", "e4m3/channel", "FP8 E4M3 weights a row, FP8 E4M3 activations a token", activation="e4m3/token"
+        ),
+        _uniform("MXFP4", "mxfp4", "OCP MXFP4 weights: E2M1 in blocks of 32, E8M0 scales"),
+        _uniform("MXFP6", "mxfp6", "OCP MXFP6 weights: E3M2 in blocks of 32, E8M0 scales"),
+        _uniform("MXFP8", "mxfp8", "OCP MXFP8 weights: E4M3 in blocks of 32, E8M0 scales"),
+        _uniform("NVFP4", "nvfp4", "NVFP4 weights: E2M1 in blocks of 16, E4M3 scales under one fp32 scale"),
+        _uniform("W4A16-NF4", "nf4", "NF4 weights in groups of 64"),
+        _uniform("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
+        _uniform("W8A16-INT", "int8/channel", "INT8 symmetric weights, one scale a row"),
     )
 }
 """Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""

@@ -282,12 +282,10 @@ def decode_node(graph: fx.Graph, row: Json, nodes: Mapping[str, fx.Node], consta
 
 def check_inputs(graph: fx.Graph, inputs: list[tuple[str, TensorType]]) -> None:
     """Raise MalformedError unless the placeholders are the signature's inputs, in order."""
-    found = [(node.name, info(node).type) for node in graph.find_nodes(op="placeholder")]
-    targets = [str(node.target) for node in graph.find_nodes(op="placeholder")]
-    if [n for n, _ in found] != [n for n, _ in inputs] or len(set(targets)) != len(targets):
-        raise MalformedError(
-            f"the graph's inputs are {[n for n, _ in found]}; the signature says {[n for n, _ in inputs]}"
-        )
+    found = [(str(node.target), info(node).type) for node in graph.find_nodes(op="placeholder")]
+    names = [n for n, _ in found]
+    if names != [n for n, _ in inputs] or len(set(names)) != len(names):
+        raise MalformedError(f"the graph's inputs are {names}; the signature says {[n for n, _ in inputs]}")
     for (key, got), (_, want) in zip(found, inputs, strict=True):
         if got is not None and got != want:
             raise MalformedError(f"input {key!r} is {got} in the graph and {want} in the signature")

@@ -99,12 +99,12 @@ class Layout:
         """Where the bits of a code are in its lane, lowest first."""
         return self.field or tuple(range(self.bits))
 
-    @property
+    @cached_property
     def unit_slots(self) -> int:
         """Codes of a unit."""
         return math.prod(self.sizes[axis] for axis in self.slots.split())
 
-    @property
+    @cached_property
     def units_per_tile(self) -> int:
         return math.prod(self.sizes[axis] for axis in self.units.split())
 

@@ -2,15 +2,15 @@
 
 ``pack(codes, "planar6")``, ``unpack(packed, "planar6", cols)`` and ``packed_shape(shape, "planar6")`` take a layout or
 its name. Neither direction is written for any layout: both come from its bit map. Up to eight neighbouring codes are
-read as one integer, a byte each, the *source*; the stored words are *pieces*, and a bit run goes between them with one
-shift and one mask::
+read as one integer, a byte each, the *source*; the stored words are *pieces*, and all bits that keep their distance, a
+*run*, go from one to the other with a shift and a mask. Many runs at equal distances are first folded, two into one::
 
-    planar6, 4 codes, int32      source >> 0  & 0x000F    ..3333 ..2222 ..1111 ..0000  (low bits of codes 3 to 0)
-    piece p4, 16 bits            source >> 4  & 0x00F0                       1111 0000
-                                 source >> 8  & 0x0F00                  2222 1111 0000
-                                 source >> 12 & 0xF000             3333 2222 1111 0000
+    planar6: 4 codes, int32             00ss3333 00ss2222 00ss1111 00ss0000   source
+    x = source      & 0x000F000F                 00002222          00000000
+      | source >> 4 & 0x00F000F0                 33332222          11110000   fold
+    piece = x & 0x00FF | x >> 8 & 0xFF00                  33332222 11110000   two runs, 16 bits of plane 4
 
-Rows are done a few at a time, so that what is in flight stays in the cache.
+Unpacking is the same steps backwards. Rows are done a few at a time, so that what is in flight stays in the cache.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def unpack(packed: Tensor, layout: Layout | Block | str, shape: int | tuple[int,
     FormatError unless ``packed`` is uint8 of ``packed_shape``.
     """
     row = _row(layout)
-    rows, cols = (packed.shape[0], shape) if isinstance(shape, int) else shape
+    rows, cols = (packed.shape[0] if packed.dim() else 0, shape) if isinstance(shape, int) else shape
     want = row.packed_shape((rows, cols))
     if packed.dtype != torch.uint8 or tuple(packed.shape) != want:
         lead = "rows" if isinstance(shape, int) else want[0]
@@ -238,7 +238,7 @@ def _pack(codes: Tensor, layout: Layout) -> Tensor:
     packed = codes.new_empty(layout.packed_shape((rows, cols)))
     if not codes.numel():
         return packed
-    if (highest := int(codes.max())) >= 2**layout.bits:
+    if layout.bits < 8 and (highest := int(codes.max())) >= 2**layout.bits:
         raise FormatError(f"code {highest} does not fit in {layout.bits} bits")
     plan, high = _plan(layout), layout.tile[0]
     views = _stream_views(packed, layout, cols)
@@ -344,9 +344,9 @@ def _merge(results: dict[int, Tensor], key: int, part: Tensor) -> None:
 
 
 def _moved(x: Tensor, right: int, mask: int) -> Tensor:
-    """``x`` shifted and masked, a new tensor."""
+    """``x`` shifted and masked: a new tensor, or ``x`` where a code is a byte and there is nothing to cut."""
     if right == 0:
-        return x & mask
+        return x if x.dtype == torch.uint8 else x & mask
     return (x >> right if right > 0 else x << -right).bitwise_and_(mask)
 
 

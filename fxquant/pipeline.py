@@ -20,6 +20,7 @@ from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
 from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.normalize import NORMALIZE
+from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
 from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
@@ -51,7 +52,9 @@ def compile(
     rules = settings.layer_rules()
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
+    activations = [Stage(QUANTIZE_ACTIVATIONS, {"rules": rules})] if any(rule.activation for rule in rules) else []
     stages = [
+        *activations,
         Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
         Stage(REMOVE_DEAD),
         Stage(LOWER),

@@ -200,15 +200,25 @@ def fetch(gm: nn.Module, name: str) -> Tensor:
 
 
 def attach(gm: nn.Module, name: str, value: Tensor) -> None:
-    """Register ``value`` as the buffer ``name``, making the modules on its path; an old one is replaced."""
+    """Register ``value`` as the buffer ``name``, making the modules on its path. ValueError if the name is taken."""
     *path, leaf = name.split(".")
     owner: nn.Module = gm
     for part in path:
         if not isinstance(getattr(owner, part, None), nn.Module):
             owner.add_module(part, nn.Module())
         owner = owner.get_submodule(part)
-    detach(gm, name)
+    if hasattr(owner, leaf):
+        raise ValueError(f"{name} exists already; take a free_name or detach it first")
     owner.register_buffer(leaf, value)
+
+
+def free_name(gm: nn.Module, name: str) -> str:
+    """``name``, or the first of ``name_1``, ``name_2``, ... that the module does not have: a model may have any."""
+    taken, free, count = tensors(gm), name, 0
+    while free in taken:
+        count += 1
+        free = f"{name}_{count}"
+    return free
 
 
 def detach(gm: nn.Module, name: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -253,6 +254,7 @@ class LayerRule:
 
     match: str
     weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
     keep: bool = False
     types: tuple[str, ...] | None = None
 
@@ -266,3 +268,8 @@ class LayerRule:
         if self.types is not None:
             return kind in self.types
         return kind != "embedding" or self.match == path
+
+
+def rule_for(rules: Sequence[LayerRule], path: str, kind: str) -> LayerRule | None:
+    """The first rule that applies to the layer ``path`` of type ``kind``."""
+    return next((rule for rule in rules if rule.takes(path, kind)), None)

@@ -46,7 +46,7 @@ def trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     flat, out_spec = pytree.tree_flatten(outputs)
     lowering.graph.output(tuple(flat))
     remove_unused(lowering.graph)
-    inputs = tuple(Input(n.name, t) for n in lowering.inputs if isinstance(t := info(n).type, TensorType))
+    inputs = tuple(Input(str(n.target), t) for n in lowering.inputs if isinstance(t := info(n).type, TensorType))
     fixed = {k: v for k, v in bound.items() if v is None or isinstance(v, (bool, int, float, str))}
     gm = fx.GraphModule(lowering.root, lowering.graph)
     program = Program(gm, Signature(inputs, structure_of(out_spec), fixed, out_spec))

@@ -18,8 +18,8 @@ from fxquant.layers import Layer, find_layers, ties
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
-from fxquant.rewrite import Decline, Log, aten, attach, get_attr
-from fxquant.scheme import LayerRule, QuantSpec
+from fxquant.rewrite import Decline, Log, aten, attach, free_name, get_attr
+from fxquant.scheme import LayerRule, QuantSpec, rule_for
 
 RULE = "quantize_weight"
 
@@ -48,29 +48,30 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
 
 
 def choose(layer: Layer, rules: tuple[LayerRule, ...], group: list[Layer]) -> QuantSpec | Decline:
-    """The spec that the rules give a layer, or why it stays in float; ``group``: the layers that share its weight."""
-    wants = {member.name: _rule_for(member, rules) for member in group}
-    named = [rule for member in group if (rule := wants[member.name]) and rule.match == member.name]
-    rule = named[0] if named else wants[layer.name]
-    if rule is None:
-        if layer.type == "embedding" and any(r.matches(layer.name) for r in rules):
+    """The spec that the rules give a layer, or why it stays in float; ``group``: the layers that share its weight.
+
+    A shared weight has one fate: of the rules that its layers get, those that name one exactly go first, then the
+    earliest. A group with an embedding that no rule takes stays in float unless a member is named.
+    """
+    wants = [(member, rule_for(rules, member.name, member.type)) for member in group]
+    found = [(rule.match != member.name, rules.index(rule), rule) for member, rule in wants if rule is not None]
+    rule = min(found, key=lambda f: f[:2])[2] if found else None
+    untaken = [member for member, own in wants if own is None and member.type == "embedding"]
+    if untaken and not any(not inexact for inexact, _, _ in found):
+        if layer not in untaken:
+            return Decline(
+                f"its weight is tied to {untaken[0].name!r}, which stays in float; name either exactly to quantize both"
+            )
+        if any(r.matches(layer.name) for r in rules):
             return Decline(
                 "embeddings stay in float unless a rule names their exact path or lists embedding in its types"
             )
+        rule = None
+    if rule is None:
         return Decline("no rule matches this layer")
     if rule.keep or rule.weight is None:
         return Decline(f"rule {rule.match!r} keeps it in float")
-    for member in group:
-        other = wants[member.name]
-        if not named and member is not layer and (other is None or other.weight != rule.weight or other.keep):
-            return Decline(
-                f"its weight is tied to {member.name!r}, which stays in float; name either exactly to quantize both"
-            )
     return rule.weight
-
-
-def _rule_for(layer: Layer, rules: tuple[LayerRule, ...]) -> LayerRule | None:
-    return next((rule for rule in rules if rule.takes(layer.name, layer.type)), None)
 
 
 def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.Node:
@@ -82,8 +83,9 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
         parts: list[fx.Node | None] = []
         for suffix in ("codes", "scale", "zero_point", "tensor_scale"):
             if (tensor := getattr(q, suffix)) is not None:
-                attach(gm, f"{base}_{suffix}", tensor)
-            parts.append(None if tensor is None else get_attr(graph, f"{base}_{suffix}", tensor))
+                name = free_name(gm, f"{base}_{suffix}")
+                attach(gm, name, tensor)
+            parts.append(None if tensor is None else get_attr(graph, name, tensor))
         options: dict[str, Any] = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
         if parts[3] is not None:
             options["tensor_scale"] = parts[3]

@@ -378,3 +378,14 @@ def test_sizes_that_depend_on_another_input_are_checked_in_any_order() -> None:
     assert program(torch.randn(6, 8), torch.randn(3, 8)).shape == (6, 8)
     with pytest.raises(InputError):
         program(torch.randn(6, 8), torch.randn(2, 8))
+
+
+def test_inputs_named_like_builtins_keep_their_names() -> None:
+    class Model(nn.Module):
+        def forward(self, input: Tensor, type: Tensor) -> Tensor:
+            return input * type
+
+    program = capture(Model(), {"input": torch.randn(2, 3), "type": torch.randn(2, 3)})
+    assert [i.name for i in program.signature.inputs] == ["input", "type"]
+    x = torch.randn(5, 3)
+    assert torch.equal(program(input=x, type=x), x * x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_models import mlp
 from torch import fx
@@ -10,7 +11,20 @@ from fxquant.capture import capture
 from fxquant.graph import info
 from fxquant.passes.normalize import NORMALIZE
 from fxquant.program import Program, Stage, run, text
-from fxquant.rewrite import Call, Decline, Match, Rule, Var, apply_rules, aten, attach, fetch, identity, match_node
+from fxquant.rewrite import (
+    Call,
+    Decline,
+    Match,
+    Rule,
+    Var,
+    apply_rules,
+    aten,
+    attach,
+    fetch,
+    free_name,
+    identity,
+    match_node,
+)
 from fxquant.verify import verify
 
 
@@ -89,5 +103,8 @@ def test_identity_is_shared_memory_not_equal_values() -> None:
 def test_attach_makes_the_path() -> None:
     gm = torch.nn.Module()
     attach(gm, "a.b.weight", torch.ones(2))
-    attach(gm, "a.b.weight", torch.zeros(3))
-    assert fetch(gm, "a.b.weight").tolist() == [0, 0, 0]
+    assert fetch(gm, "a.b.weight").tolist() == [1, 1]
+    with pytest.raises(ValueError, match="exists already"):
+        attach(gm, "a.b.weight", torch.zeros(3))
+    assert free_name(gm, "a.b.weight") == "a.b.weight_1"
+    assert free_name(gm, "a.c") == "a.c"

@@ -26,7 +26,12 @@ def program(*, lowered: bool) -> Program:
 
 
 def change(name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Program], None]:
-    return lambda p: attach(p.gm, name, edit(fetch(p.gm, name)))
+    def apply(p: Program) -> None:
+        value = edit(fetch(p.gm, name))
+        detach(p.gm, name)
+        attach(p.gm, name, value)
+
+    return apply
 
 
 def respec(p: Program) -> None:

@@ -105,6 +105,37 @@ def test_naming_one_side_of_a_tie_quantizes_both(named: str) -> None:
     assert declines(program)["up"] == "no rule matches this layer"
 
 
+class Twins(torch.nn.Module):
+    """Two linears of one weight, one of which has buffers with the names that quantizing would give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.one.register_buffer("weight_scale", torch.full((8, 1), 3.0))
+        self.one.register_buffer("weight_packed", torch.full((8, 8), 7, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x) * self.one.weight_scale.reshape(-1) + self.two(x) * self.one.weight_packed[0]
+
+
+def test_of_two_linears_with_one_weight_the_earliest_rule_decides() -> None:
+    e2m1 = parse_spec("e2m1/channel")
+    x = torch.randn(2, 8)
+    assert rewrites(quantized(Twins(), x, (LayerRule("t*", e2m1), LayerRule("*", E3M2)))) == {
+        "one": "e2m1/channel", "two": "e2m1/channel"}  # fmt: skip
+    assert set(rewrites(quantized(Twins(), x, (LayerRule("t*", e2m1),)))) == {"one", "two"}
+    assert rewrites(quantized(Twins(), x, (LayerRule("two", keep=True), LayerRule("*", E3M2)))) == {}
+
+
+def test_a_models_own_tensors_are_not_overwritten() -> None:
+    model, x = Twins(), torch.randn(4, 8)
+    compiled = fxquant.compile(model, (x,), "W8A16-INT")
+    with torch.no_grad():
+        want = model(x)
+    assert float((compiled(x) - want).norm() / want.norm()) < 0.02
+
+
 def test_types_reach_embeddings() -> None:
     rules = (LayerRule("*", E3M2, types=("embedding", "linear")),)
     assert set(rewrites(quantized(Tied(), torch.randint(0, 50, (2, 5)), rules))) == {"embed", "up", "down", "head"}
