@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
-    "errors", "dims", "grids", "codebooks", "formats", "scheme", "scales", "bitops", "layouts", "packing", "qtensor",
+    "errors", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts", "packing", "qtensor",
     "graph", "rewrite", "layers", "signature", "program", "ops", "verify", "symbolic", "capture",
 )  # fmt: skip
 MAY_IMPORT = {

@@ -1,0 +1,74 @@
+"""Quantize and pack a 4096x4096 fp32 matrix: fxquant beside torchao's private primitives, in turn, in one process.
+
+torchao is not a dependency: `pip install --no-deps torchao==0.18.0` first; without it only our times are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import fxquant
+
+SIZE = 4096
+
+
+def ours(spec: str) -> Callable[[torch.Tensor], object]:
+    def run(x: torch.Tensor) -> object:
+        q = fxquant.quantize_tensor(x, spec)
+        return q.packed, q.stored_scale
+
+    return run
+
+
+def peers() -> dict[str, Callable[[torch.Tensor], object]]:
+    """torchao's nearest jobs. Its FP6 leaves a byte a code and its MXFP4 packs two codes a byte."""
+    try:
+        from torchao.prototype.mx_formats.mx_tensor import to_mx
+        from torchao.quantization import quant_primitives as primitives
+    except ImportError:
+        return {}
+
+    def floatx(x: torch.Tensor) -> object:
+        scale = primitives._choose_qparams_affine_floatx(x, 3, 2)
+        return primitives._quantize_affine_floatx(x, scale, 3, 2), scale
+
+    return {"e3m2/channel": floatx, "mxfp4": lambda x: to_mx(x, torch.float4_e2m1fn_x2, 32)}
+
+
+def seconds(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    run(x)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    x = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    others = peers()
+    for spec in ("e3m2/channel", "mxfp4", "nvfp4", "e2m1/group64", "int4/group64"):
+        mine, theirs = list[float](), list[float]()
+        for _ in range(arguments.runs):
+            mine.append(seconds(ours(spec), x))
+            if spec in others:
+                theirs.append(seconds(others[spec], x))
+        line = f"{spec:14} best {min(mine) * 1e3:7.1f} ms  median {statistics.median(mine) * 1e3:7.1f} ms"
+        if theirs:
+            line += f"   torchao best {min(theirs) * 1e3:7.1f} ms  median {statistics.median(theirs) * 1e3:7.1f} ms"
+            line += f"   ratio {min(theirs) / min(mine):5.1f} (medians {statistics.median(theirs) / statistics.median(mine):.1f})"
+        print(line, flush=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"peak memory of the process {before / 1024:.0f} MiB; the matrix is {x.nbytes / 2**20:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
