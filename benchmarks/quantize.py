@@ -64,7 +64,8 @@ def main() -> None:
         line = f"{spec:14} best {min(mine) * 1e3:7.1f} ms  median {statistics.median(mine) * 1e3:7.1f} ms"
         if theirs:
             line += f"   torchao best {min(theirs) * 1e3:7.1f} ms  median {statistics.median(theirs) * 1e3:7.1f} ms"
-            line += f"   ratio {min(theirs) / min(mine):5.1f} (medians {statistics.median(theirs) / statistics.median(mine):.1f})"
+            medians = statistics.median(theirs) / statistics.median(mine)
+            line += f"   ratio {min(theirs) / min(mine):5.1f} (medians {medians:.1f})"
         print(line, flush=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak memory of the process {before / 1024:.0f} MiB; the matrix is {x.nbytes / 2**20:.0f} MiB")

@@ -178,7 +178,7 @@ class FloatFormat(Grid):
             magnitude = torch.bucketize(x.abs().contiguous(), boundaries, out_int32=True).to(torch.uint8)
         code = magnitude
         if self.signed:
-            code = magnitude | (torch.signbit(x).to(torch.uint8) << (self.bits - 1))  # s | eeemm
+            code = magnitude | torch.signbit(x).view(torch.uint8).bitwise_left_shift_(self.bits - 1)  # s | eeemm
         if self.specials == "fnuz":
             code = torch.where(magnitude == 0, torch.zeros_like(code), code)  # 0x80 is NaN here, there is no -0
         if self.specials != "none":
@@ -333,16 +333,29 @@ def midpoints(grid: Tensor, *, upper_wins_tie: Tensor, dtype: torch.dtype) -> Te
 def _nearest_magnitude(format: FloatFormat, x: Tensor) -> Tensor:
     """Codes without sign (uint8) of float32 ``x``, from its bits.
 
-    Normal: the float's exponent and top M mantissa bits, rebiased, are the code; adding half an ulp of it (less one
-    where the code is even) rounds. Subnormal: adding 2^23 steps leaves |x| / step, rounded to even, in the low bits;
-    both the sum and its input are normal numbers, or zeros that round to zero, so flushing denormals changes nothing.
+    With c = 2^23 steps of the binade of |x| (of the lowest one for subnormals), the float |x| + c is rounded to a step,
+    ties to even, and its bits less those of c count steps. The exponent fields below add their codes. No operand is
+    a denormal that matters, so flushing them changes nothing. ``fmin`` saturates, and takes NaN for the largest.
     """
+    if format.mbits == 0:
+        return _nearest_power(format, x)
     drop = 23 - format.mbits
+    lowest = (128 - int(format.bias)) << 23  # bits of the smallest normal
+    magnitude = torch.fmin(x.abs(), torch.tensor(format.max, dtype=torch.float32, device=x.device))
+    exponent = (magnitude.view(torch.int32) & 0x7F800000).clamp_(min=lowest)
+    c = exponent + (drop << 23)
+    steps = magnitude.add_(c.view(torch.float32)).view(torch.int32).sub_(c)
+    code = steps.add_(exponent.bitwise_right_shift_(drop)).to(torch.uint8)
+    return code.sub_((lowest >> drop) & 0xFF)  # in uint8, where both wrapped alike
+
+
+def _nearest_power(format: FloatFormat, x: Tensor) -> Tensor:
+    """The same for a format without mantissa, where a tie goes to the even code and not to the even significand."""
     bits = x.contiguous().view(torch.int32) & 0x7FFFFFFF
     rebias = (127 - int(format.bias)) << 23
     code = bits - rebias
-    code = (code + ((1 << (drop - 1)) - 1) + ((code >> drop) & 1)) >> drop
-    magic = torch.tensor(2.0 ** (24 - int(format.bias) - format.mbits), device=x.device)  # 2^23 * step
+    code = (code + ((1 << 22) - 1) + ((code >> 23) & 1)) >> 23
+    magic = torch.tensor(2.0 ** (24 - int(format.bias)), device=x.device)
     low = (bits.view(torch.float32) + magic).view(torch.int32) - magic.view(torch.int32)
     code = torch.where(bits < rebias + (1 << 23), low, code)
     return code.clamp_(max=len(format._finite_magnitudes()) - 1).to(torch.uint8)

@@ -29,7 +29,7 @@ from fxquant.grids import CodebookFormat, FloatFormat
 from fxquant.scheme import Block, QuantSpec
 
 Clip = Literal["absmax", "mse"]
-CHUNK = 1 << 18
+CHUNK = 1 << 19
 """Elements that a pass over a matrix takes at a time, so that its intermediates stay in the cache."""
 CLIPS = tuple(2.0 ** (-i / 24) for i in range(37))
 """Ranges that ``clip="mse"`` tries, as parts of the absolute maximum: 1 down to 2^-1.5."""

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxquant.choice import choose
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, set_info, update_info
 from fxquant.layers import Layer, find_layers, ties
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
 from fxquant.rewrite import Decline, Log, aten, attach, free_name, get_attr
-from fxquant.scheme import LayerRule, QuantSpec, rule_for
+from fxquant.scheme import QuantSpec
 
 RULE = "quantize_weight"
 
@@ -38,40 +39,16 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
         if isinstance(choice, Decline):
             log.declined(RULE, layer.node, choice.reason)
             continue
+        if choice.weight is None:
+            log.declined(RULE, layer.node, f"rule {choice.match!r} asks for activations only")
+            continue
         key = (layer.target, layer.transposed)
         if key not in done:
-            done[key] = insert_dequantize(gm, layer, choice)
+            done[key] = insert_dequantize(gm, layer, choice.weight)
         _use(layer, done[key])
-        log.rewrote(RULE, layer.node, str(choice))
+        log.rewrote(RULE, layer.node, str(choice.weight))
     progress("quantize weights", len(layers), len(layers))
     return log
-
-
-def choose(layer: Layer, rules: tuple[LayerRule, ...], group: list[Layer]) -> QuantSpec | Decline:
-    """The spec that the rules give a layer, or why it stays in float; ``group``: the layers that share its weight.
-
-    A shared weight has one fate: of the rules that its layers get, those that name one exactly go first, then the
-    earliest. A group with an embedding that no rule takes stays in float unless a member is named.
-    """
-    wants = [(member, rule_for(rules, member.name, member.type)) for member in group]
-    found = [(rule.match != member.name, rules.index(rule), rule) for member, rule in wants if rule is not None]
-    rule = min(found, key=lambda f: f[:2])[2] if found else None
-    untaken = [member for member, own in wants if own is None and member.type == "embedding"]
-    if untaken and not any(not inexact for inexact, _, _ in found):
-        if layer not in untaken:
-            return Decline(
-                f"its weight is tied to {untaken[0].name!r}, which stays in float; name either exactly to quantize both"
-            )
-        if any(r.matches(layer.name) for r in rules):
-            return Decline(
-                "embeddings stay in float unless a rule names their exact path or lists embedding in its types"
-            )
-        rule = None
-    if rule is None:
-        return Decline("no rule matches this layer")
-    if rule.keep or rule.weight is None:
-        return Decline(f"rule {rule.match!r} keeps it in float")
-    return rule.weight
 
 
 def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.Node:

@@ -11,23 +11,25 @@ from typing import Any
 
 from torch import fx
 
+from fxquant.choice import choose
 from fxquant.graph import NodeInfo, info, set_info
-from fxquant.layers import Layer, find_layers
+from fxquant.layers import Layer, find_layers, ties
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program
-from fxquant.rewrite import Log
-from fxquant.scheme import LayerRule, rule_for
+from fxquant.rewrite import Decline, Log
 
 RULE = "quantize_activation"
 
 
 def quantize_activations(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``rules`` (LayerRules in order)."""
-    log, rules, shared = Log(), settings["rules"], dict[tuple[fx.Node, str], fx.Node]()
-    for layer in find_layers(program.gm):
-        rule: LayerRule | None = rule_for(rules, layer.name, layer.type)
-        if rule is None or rule.activation is None:
-            continue
+    log, shared = Log(), dict[tuple[fx.Node, str], fx.Node]()
+    layers = find_layers(program.gm)
+    tied = ties(layers)
+    for layer in layers:
+        rule = choose(layer, settings["rules"], tied.get(layer.name, [layer]))
+        if isinstance(rule, Decline) or rule.activation is None:
+            continue  # why a layer stays in float as a whole is said with its weight
         if layer.type != "linear":
             log.declined(RULE, layer.node, f"token-wise activations are for linears; this is of type {layer.type}")
             continue

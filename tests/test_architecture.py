@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
     "errors", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts", "packing", "qtensor",
-    "graph", "rewrite", "layers", "signature", "program", "ops", "verify", "symbolic", "capture",
+    "graph", "rewrite", "layers", "choice", "signature", "program", "ops", "verify", "symbolic", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),
@@ -32,7 +32,7 @@ MAY_IMPORT = {
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "hf": "top", "cli": "top",
-    "demo": "top",
+    "demo": "top", "examples": "pipeline",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tiny_models import Convolutions, mlp
+from tiny_models import Convolutions, Tied, mlp
 from torch import nn
 
 import fxquant
@@ -40,6 +40,12 @@ def test_layers_that_read_one_tensor_share_its_rounding() -> None:
     assert len(nodes) == 1
     step = next(s for s in compiled.program.trace if s.name == "quantize_activations")
     assert [r.layer for r in step.rewrites] == ["q", "k", "v"]
+
+
+def test_a_head_that_stays_in_float_reads_its_input_as_it_is() -> None:
+    compiled = fxquant.compile(Tied(), (torch.randint(0, 50, (2, 5)),), W8A8)
+    step = next(s for s in compiled.program.trace if s.name == "quantize_activations")
+    assert {r.layer for r in step.rewrites} == {"up", "down"}
 
 
 def test_convolutions_decline() -> None:
