@@ -33,6 +33,14 @@ TO_TORCH = {onnx: dtype for dtype, onnx in TO_ONNX.items()}
 FLOATS = (T.FLOAT, T.FLOAT16, T.BFLOAT16, T.DOUBLE)
 NARROW = (T.INT16, T.INT8, T.UINT8)  # onnxruntime has few kernels for these: arithmetic is done in INT32
 
+FLOAT_ONLY = frozenset((
+    "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "AveragePool", "Celu", "Conv", "ConvTranspose", "Cosh", "Elu",
+    "Erf", "Gelu", "HardSigmoid", "InstanceNormalization", "LeakyRelu", "NonZero", "Selu", "Sinh", "Softplus", "Tan",
+))  # fmt: skip
+"""Operators that onnxruntime's CPU has no float64 kernels for."""
+MOVES = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+"""Operators that onnxruntime's CPU runs in bfloat16."""
+
 Number = int | float | bool
 Arg = Any
 """A converter's argument: an ir.Value, a number, None, or a list of these."""
@@ -217,6 +225,18 @@ def onnx_dtype(dtype: torch.dtype) -> ir.DataType:
     if dtype not in TO_ONNX:
         raise UnsupportedError(f"ONNX has no tensors of {dtype}")
     return TO_ONNX[dtype]
+
+
+def no_kernel(node: ir.Node) -> str | None:
+    """Why plain onnxruntime cannot run ``node``, None where it can."""
+    dtype = next((v.dtype for v in node.inputs if v is not None), None)
+    if dtype == T.BFLOAT16 and node.op_type not in MOVES:
+        kind = "bfloat16"
+    elif dtype == T.DOUBLE and node.op_type.partition("_")[0].rstrip("2d") in FLOAT_ONLY:  # also Conv2d_<format>
+        kind = "float64"
+    else:
+        return None
+    return f"onnxruntime has no {kind} {node.op_type}; convert the model with model.float() before it is compiled"
 
 
 def as_number(x: ir.Value) -> ir.Value:

@@ -23,9 +23,9 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 
-from fxquant.codegen.onnx_builder import Builder, UnsupportedError, is_number, onnx_dtype
+from fxquant.codegen.onnx_builder import Builder, UnsupportedError, is_number, no_kernel, onnx_dtype
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
-from fxquant.codegen.onnx_ops import CONVERTERS, NO_VALUE
+from fxquant.codegen.onnx_ops import BY_NAME, CONVERTERS, NO_VALUE
 from fxquant.errors import ExportError, SaveError
 from fxquant.graph import NodeInfo, ScalarType, TensorType, info
 from fxquant.program import Program, Progress, quiet, target_name
@@ -132,7 +132,7 @@ class _Exporter:
         args, kwargs = fx.map_arg(_arguments(node), lambda n: self.env[n])
         if not isinstance(node.target, torch._ops.OpOverload) and not any(isinstance(a, ir.Value) for a in args):
             return node.target(*args)  # type: ignore[operator]
-        converter = CONVERTERS.get(node.target)
+        converter = CONVERTERS.get(node.target) or BY_NAME.get(str(node.target))
         if converter is None:
             raise ExportError(self.refusal(node, "has no ONNX converter"))
         self.builder.at(node)
@@ -141,6 +141,10 @@ class _Exporter:
             value = converter(self.builder, *args, **kwargs)
         except UnsupportedError as reason:
             raise ExportError(self.refusal(node, f"cannot be written in ONNX: {reason}")) from reason
+        except (TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:  # a graph made by hand
+            raise ExportError(self.refusal(node, f"has arguments that fit no call of it ({error})")) from error
+        if missing := next(filter(None, map(no_kernel, self.builder.nodes[before:])), None):
+            raise ExportError(self.refusal(node, f"would not run: {missing}"))
         return self.named(node, value, {id(n) for n in self.builder.nodes[before:]})
 
     def refusal(self, node: fx.Node, reason: str) -> str:
@@ -178,13 +182,22 @@ class _Exporter:
         return value
 
     def outputs(self, node: fx.Node) -> list[ir.Value]:
-        """The graph's outputs, renamed as the signature says; what is no node's own result goes through Identity."""
+        """The graph's outputs, renamed as the signature says; what is no node's own result goes through Identity.
+
+        None and texts are left out: they are part of the output's structure, the same at every call.
+        """
         found: list[ir.Value] = []
         taken: set[str] = set()
         own: set[int] = set()
         self.builder.at(node)
         for item, name in zip(node.args[0], self.results, strict=True):  # type: ignore[arg-type]
             value = self.env[item] if isinstance(item, fx.Node) else item
+            if value is None or isinstance(value, str):
+                continue
+            if isinstance(value, tuple):
+                raise ExportError(
+                    f"output {name!r} is a list of values, which ONNX cannot return; return each by itself"
+                )
             if not isinstance(value, ir.Value):
                 value = self.builder.const(value)
             while name in taken or name in {i.name for i in self.inputs}:
@@ -196,6 +209,8 @@ class _Exporter:
             taken.add(name)
             own.add(id(value))
             found.append(value)
+        if not found:
+            raise ExportError("the model returns no tensor, so there is nothing to export; return one")
         return found
 
     def model(self, outputs: list[ir.Value], metadata: Mapping[str, str]) -> ir.Model:

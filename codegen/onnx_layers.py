@@ -128,6 +128,20 @@ def _repeat_heads(b: Builder, x: ir.Value, q: ir.Value) -> ir.Value:
     return b.op("Reshape", wide, sizes, dtype=x.dtype, shape=shape)
 
 
+def grouped_product(b: Builder, x: ir.Value, weight: ir.Value, ends: ir.Value) -> ir.Value:
+    """Rows of x, sorted by expert, each times its expert's matrix: ``y[ends[e-1]:ends[e]] = x[...] @ weight[e]``."""
+    experts = dims(weight)[0]
+    if not isinstance(experts, int):
+        raise UnsupportedError("a grouped product with a number of experts that is not known")
+    at = b.cast(ends, T.INT64)
+    stops = [b.op("Slice", at, b.axes(e), b.axes(e + 1), b.axes(0), dtype=T.INT64, shape=[1]) for e in range(experts)]
+    parts = []
+    for e, (start, stop) in enumerate(zip([b.axes(0), *stops], stops, strict=False)):
+        rows = b.op("Slice", x, start, stop, b.axes(0), dtype=x.dtype)
+        parts.append(b.op("MatMul", rows, b.op("Gather", weight, b.const(e), axis=0), dtype=x.dtype))
+    return b.op("Concat", *parts, axis=0, dtype=x.dtype, shape=[dims(x)[0], dims(weight)[2]])
+
+
 # --- convolution ----------------------------------------------------------------------------------------------------
 def convolution(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, stride: Ints, padding: Ints | str,
                 dilation: Ints, groups: int = 1) -> ir.Value:  # fmt: skip

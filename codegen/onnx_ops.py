@@ -6,12 +6,15 @@ from typing import Any
 
 from fxquant.codegen.onnx_elementwise import ELEMENTWISE, Converter
 from fxquant.codegen.onnx_functions import PACKED
-from fxquant.codegen.onnx_layers import LAYERS
+from fxquant.codegen.onnx_layers import LAYERS, grouped_product
 from fxquant.codegen.onnx_reduce import REDUCE
 from fxquant.codegen.onnx_shape import SHAPE
 from fxquant.rewrite import aten
 
 CONVERTERS: dict[Any, Converter] = {**ELEMENTWISE, **SHAPE, **REDUCE, **LAYERS, **PACKED}
+
+BY_NAME: dict[str, Converter] = {"transformers.grouped_mm_fallback.default": grouped_product}
+"""Operators of other packages, which exist only once those are imported."""
 
 NO_VALUE = (
     aten._assert_scalar.default, aten._assert_async.msg, aten._assert_tensor_metadata.default,

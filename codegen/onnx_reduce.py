@@ -154,6 +154,22 @@ def difference(b: Builder, x: ir.Value, n: int = 1, dim: int = -1, before: ir.Va
     return value
 
 
+def histogram(b: Builder, x: ir.Value, bins: int = 100, low: Arg = 0, high: Arg = 0) -> ir.Value:
+    """How many elements lie in each of ``bins`` parts of ``low..high``, whose upper end is part of the last."""
+    if not low < high:
+        raise UnsupportedError("histc over the range of the data; give it min and max")
+    flat = b.op("Reshape", b.cast(x, T.FLOAT), b.axes(-1), dtype=T.FLOAT)
+    least, most = b.const(low, T.FLOAT), b.const(high, T.FLOAT)
+    part = b.op("Mul", b.op("Sub", flat, least), b.const(bins, T.FLOAT))
+    part = b.op("Floor", b.op("Div", part, b.const(high - low, T.FLOAT)))
+    part = b.op("Min", part, b.const(bins - 1, T.FLOAT))
+    outside = b.op("Or", b.op("Less", flat, least, dtype=T.BOOL), b.op("Greater", flat, most, dtype=T.BOOL))
+    part = b.op("Where", outside, b.const(bins, T.FLOAT), part, dtype=T.FLOAT)  # a bin that is cut off
+    hits = b.op("OneHot", b.cast(part, T.INT64), b.const(bins + 1), b.const([0, 1], T.FLOAT), axis=0, dtype=T.FLOAT)
+    counts = b.op("ReduceSum", hits, b.axes(1), keepdims=0, dtype=T.FLOAT)
+    return b.cast(b.op("Slice", counts, b.axes(0), b.axes(bins), b.axes(0), dtype=T.FLOAT, shape=[bins]), b.dtype)
+
+
 def normalized(op_type: str) -> Converter:
     """softmax, log_softmax in the result's dtype."""
 
@@ -209,6 +225,7 @@ REDUCE: dict[Any, Converter] = {
         (vector_norm, (aten.norm.ScalarOpt_dim, aten.norm.Scalar)),
         (cumulative_sum, (aten.cumsum.default,)),
         (difference, (aten.diff.default,)),
+        (histogram, (aten.histc.default,)),
         (normalized("Softmax"), (aten.softmax.int, aten._softmax.default)),
         (normalized("LogSoftmax"), (aten.log_softmax.int, aten._log_softmax.default)),
         (top_k, (aten.topk.default,)),

@@ -271,32 +271,41 @@ def formats(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="A format, such as e3m2, e4m3fnuz or int4.")
     ] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the grid of NAME as a drawing.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the number formats, or all codes and values of one.
+    """List the number formats and the presets, or show the grid of one format with all its codes and values.
 
     Examples:
 
         fxquant formats
 
-        fxquant formats e2m1
+        fxquant formats e2m1 --svg e2m1.svg
     """
     from fxquant.formats import COMMON, parse_format
     from fxquant.show import grid
     from fxquant.show.console import print_table
+    from fxquant.show.html import write_page
 
     if name is None:
+        if svg is not None:
+            raise typer.BadParameter("--svg draws one format; give its name too, such as e2m1")
         if as_json:
             _print_json([grid.facts(parse_format(text)) for text in COMMON])
             return
         print_table(grid.COLUMNS, grid.overview(), right=("bits", "max", "min normal", "smallest"))
-        typer.echo("\nany e<E>m<M> of at most 8 bits is a format; fxquant formats NAME shows its codes and values")
+        typer.echo("\nany e<E>m<M> of at most 8 bits is a format; fxquant formats NAME shows its codes and values\n")
+        print_table(grid.PRESET_COLUMNS, grid.presets())
         return
     format = parse_format(name)
+    if svg is not None:
+        write_page(svg, grid.svg(format))
+        typer.echo(f"wrote {svg}", err=True)
     if as_json:
         _print_json(grid.facts(format) | {"codes": grid.codes(format)})
         return
     typer.echo("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in grid.facts(format).items()).removeprefix("name "))
+    typer.echo(f"\n{grid.plot(format)}\n")
     print_table(*grid.code_table(format), right=("code", "value"))
 
 

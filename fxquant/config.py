@@ -14,14 +14,13 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from fxquant.errors import ConfigError, FormatError, near
-from fxquant.formats import parse_format
-from fxquant.scheme import LayerRule, PerChannel, QuantSpec, parse_granularity, parse_spec
+from fxquant.errors import ConfigError, near
+from fxquant.scheme import LayerRule, PerChannel, QuantSpec, parse_spec
 
 
 class _Strict(BaseModel):
@@ -31,12 +30,20 @@ class _Strict(BaseModel):
 class WeightConfig(_Strict):
     """The long form of a weight spec: ``{format: e2m1, granularity: group64, scale: fp32}``."""
 
-    format: str
-    granularity: str = "channel"
-    scale: str = "fp32"
+    format: str = Field(min_length=1)
+    granularity: str = Field("channel", min_length=1)
+    scale: str = Field("fp32", min_length=1)
 
     def spec(self) -> QuantSpec:
-        return QuantSpec(parse_format(self.format), parse_granularity(self.granularity), self.scale)
+        return parse_spec(f"{self.format}/{self.granularity}:{self.scale}")
+
+
+def _form(value: Any) -> str:
+    """Which form of a weight spec ``value`` is in, so that its errors are those of one form only."""
+    return "long" if isinstance(value, (Mapping, WeightConfig)) else "short"
+
+
+Weight = Annotated[Annotated[str, Tag("short")] | Annotated[WeightConfig, Tag("long")], Discriminator(_form)]
 
 
 class RuleConfig(_Strict):
@@ -45,7 +52,7 @@ class RuleConfig(_Strict):
     match: str = Field(
         min_length=1, description="glob over layer paths; * crosses dots; the first rule that matches wins"
     )
-    weight: str | WeightConfig | None = Field(None, description="format/granularity[:scale], such as e3m2/channel")
+    weight: Weight | None = Field(None, description="format/granularity[:scale], such as e3m2/channel")
     activation: str | None = Field(None, description="format/token: what the inputs of the layers are rounded to")
     keep: bool = Field(False, description="leave the layers in float")
     types: tuple[Literal["linear", "conv", "matmul", "embedding"], ...] | None = Field(
@@ -81,7 +88,16 @@ class RuleConfig(_Strict):
 
 
 class Config(_Strict):
-    """A whole config. ``rules`` are ordered; ``passes`` are methods by name, each with its options."""
+    """A whole config. ``rules`` are ordered; ``passes`` are methods by name, each with its options.
+
+    Raises ConfigError, a ValueError, for values that are not valid.
+    """
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_describe(error, "config")) from error
 
     rules: tuple[RuleConfig, ...] = Field(min_length=1)
     passes: tuple[dict[str, dict[str, Any]], ...] = ()
@@ -90,9 +106,7 @@ class Config(_Strict):
     @classmethod
     def _named_passes(cls, value: Any) -> Any:
         """``- gptq`` means ``- gptq: {}``."""
-        if isinstance(value, (list, tuple)):
-            return tuple({p: {}} if isinstance(p, str) else {k: v or {} for k, v in p.items()} for p in value)
-        return value
+        return tuple(map(_named_pass, value)) if isinstance(value, (list, tuple)) else value
 
     @field_validator("passes")
     @classmethod
@@ -113,6 +127,14 @@ class Config(_Strict):
 
 METHODS: tuple[str, ...] = ()
 """Names of the passes a config may ask for."""
+
+
+def _named_pass(value: Any) -> Any:
+    if isinstance(value, str):
+        return {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"{str(value)[:60]!r} is no pass; expected a name, or one name with a mapping of its options")
+    return {name: {} if options is None else options for name, options in value.items()}
 
 
 def _allowed_passes() -> str:
@@ -211,26 +233,41 @@ def _from_file(path: Path) -> Config:
 
 
 def _validated(data: Mapping[str, Any], where: str) -> Config:
+    if unnamed := [key for key in data if not isinstance(key, str)]:
+        raise ConfigError(f"{where}: unknown key {unnamed[0]!r}; expected {', '.join(Config.model_fields)}")
     try:
-        return Config.model_validate(dict(data))
-    except FormatError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    except ValidationError as error:
-        raise ConfigError("\n".join(_describe(item, where) for item in error.errors())) from error
+        return Config(**data)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        raise ConfigError(_describe(error.__cause__, where)) from error.__cause__
 
 
-def _describe(item: Any, where: str) -> str:
+def _describe(error: ValidationError, where: str) -> str:
+    """A line for each error, but for those that only follow from one inside the same value."""
+    found = error.errors()
+    inner = [item["loc"] for item in found]
+    first = [item for item in found if not any(loc[: len(item["loc"])] == item["loc"] != loc for loc in inner)]
+    return "\n".join(_line(item, where) for item in first)
+
+
+def _line(item: Any, where: str) -> str:
     """One line for a pydantic error: where it is, what was given, what is allowed."""
-    location = ".".join(str(part) for part in item["loc"] if part not in ("WeightConfig", "str"))
+    location = ".".join(str(part) for part in item["loc"] if part not in ("long", "short"))
     if item["type"] == "extra_forbidden":
         known = _keys(item["loc"])
         name = str(item["loc"][-1])
         return f"{where}: unknown key {location!r}{near(name, known)}; expected {', '.join(known)}"
     message = str(item["msg"]).removeprefix("Value error, ")
+    if item["loc"][-1:] == ("short",):
+        message = f"{str(item['input'])[:60]!r} is no spec; expected a text such as e3m2/channel, or {_LONG}"
     return f"{where}: {location or 'config'}: {message}"
 
 
+_LONG = "a mapping with format, granularity and scale"
+
+
 def _keys(location: tuple[Any, ...]) -> list[str]:
-    if "WeightConfig" in location:
+    if "long" in location:
         return list(WeightConfig.model_fields)
     return list(RuleConfig.model_fields if "rules" in location else Config.model_fields)

@@ -13,6 +13,7 @@ they are parsed here and never evaluated as Python. Integers are exact; what is 
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -88,6 +89,43 @@ def names(text: str) -> set[str]:
     except OverflowError:
         raise ValueError(f"size {text!r} is too large") from None
     return set(found)
+
+
+_SIGNS: dict[str, Callable[[Number, Number], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+def holds(condition: str, sizes: Mapping[str, int]) -> bool:
+    """Whether a comparison of two expressions, such as ``batch % 2 != 0``, is true for given sizes.
+
+    Raises ValueError for bad syntax, an unknown name, a division by zero or a number that is too large.
+    """
+    left, sign, right = _sides(condition)
+    try:
+        return _SIGNS[sign](_parse(left, sizes), _parse(right, sizes))
+    except ZeroDivisionError:
+        raise ValueError(f"condition {condition!r} divides by zero for {dict(sizes)}") from None
+    except OverflowError:
+        raise ValueError(f"condition {condition!r} is too large for {dict(sizes)}") from None
+
+
+def condition_names(condition: str) -> set[str]:
+    """The dimension names in a well-formed comparison; ValueError for bad syntax."""
+    left, _, right = _sides(condition)
+    return names(left) | names(right)
+
+
+def _sides(condition: str) -> tuple[str, str, str]:
+    found = re.fullmatch(r"([^=!<>]+)(==|!=|<=|>=|<|>)([^=!<>]+)", condition)
+    if found is None:
+        raise ValueError(f"{condition[:60]!r} is not a comparison of two sizes")
+    return found[1].strip(), found[2], found[3].strip()
 
 
 class _Found(dict[str, int]):

@@ -207,8 +207,8 @@ def decode(document: Json, stored: Mapping[str, Tensor]) -> tuple[Program, dict[
         raise MalformedError("the config is not an object")
     constants = resolve(tensor_table(found), stored)
     graph = decode_graph(found["nodes"], constants)
-    outputs = graph.output_node().args[0]
-    signature = decode_signature(found["signature"], len(outputs))  # type: ignore[arg-type]
+    outputs = check_outputs(graph)
+    signature = decode_signature(found["signature"], outputs)
     check_inputs(graph, [(i.name, i.type) for i in signature.inputs])
     check_used(graph, constants)
     for node in graph.nodes:
@@ -280,6 +280,16 @@ def decode_node(graph: fx.Graph, row: Json, nodes: Mapping[str, fx.Node], consta
     return graph.create_node(op, target, args, {}, row["name"])
 
 
+def check_outputs(graph: fx.Graph) -> int:
+    """How many flat outputs there are; MalformedError where one is neither one value of a node nor a plain one."""
+    outputs: Any = graph.output_node().args[0]
+    for i, item in enumerate(outputs):
+        several = isinstance(item, fx.Node) and isinstance(info(item).type, tuple)
+        if several or not (item is None or isinstance(item, (fx.Node, bool, int, float, str))):
+            raise MalformedError(f"output {i} is {str(item)[:60]!r}; expected one value")
+    return len(outputs)
+
+
 def check_inputs(graph: fx.Graph, inputs: list[tuple[str, TensorType]]) -> None:
     """Raise MalformedError unless the placeholders are the signature's inputs, in order."""
     found = [(str(node.target), info(node).type) for node in graph.find_nodes(op="placeholder")]
@@ -346,6 +356,8 @@ def check_weight(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
         _constant(given.get(k), k, where, constants) for k in (key, "scale", "zero_point", "tensor_scale")
     )
     shape = _weight_shape(given["shape"], where)
+    if "stride" in given:
+        _check_window(given, where)
     if codes is None or scale is None or codes.dim() != 2 or codes.dtype != torch.uint8:
         raise MalformedError(f"{where}: its {key} or its scale is missing, or {key} is not a uint8 matrix")
     rows = int(codes.shape[0])
@@ -377,6 +389,15 @@ def _check_codes(q: QuantizedTensor, *, packed: bool) -> None:
             f"packed codes have shape {list(q.codes.shape)}; {q.spec} of {rows}x{cols} codes wants {list(want)}"
         )
     check_scale(q.scale, q.zero_point, q.spec, rows=rows, cols=cols, tensor_scale=q.tensor_scale)
+
+
+def _check_window(given: Mapping[str, Any], where: str) -> None:
+    for key, low in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        sizes = given[key]
+        if len(sizes) != 2 or not all(isinstance(n, int) and low <= n < 2**31 for n in sizes):
+            raise MalformedError(f"{where}: its {key} is {str(sizes)[:60]}; expected two sizes of at least {low}")
+    if not isinstance(given["groups"], int) or given["groups"] < 1:
+        raise MalformedError(f"{where}: its groups are {str(given['groups'])[:60]}; expected at least 1")
 
 
 def _constant(value: Any, key: str, where: str, constants: Mapping[str, Tensor]) -> Tensor | None:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import keyword
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,6 @@ _MEMORY = {
 _DEVICE = re.compile(r"(?:cpu|cuda|mps|xpu|meta)(?::[0-9]{1,2})?")
 _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
-_PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,255}")
 MAX_DEPTH, MAX_TEXT, MAX_TRACE = 16, 4096, 1 << 28
 
 
@@ -107,13 +107,23 @@ def name(value: Json, where: str) -> str:
 
 
 def path(value: Json, where: str) -> str:
-    """A tensor's name: parts of letters, digits, ``_`` and ``-`` with dots between them."""
+    """A tensor's name: parts with dots between them, each an attribute that generated code can name.
+
+    A part is an identifier in the form Python reads it in (NFKC), which becomes ``x.part``, or any other printable text
+    without quotes and backslashes, which becomes ``getattr(x, "part")``.
+    """
     parts = value.split(".") if isinstance(value, str) and len(value) <= MAX_TEXT else []
-    if not parts or not all(_PATH_PART.fullmatch(p) and not _reserved(p) for p in parts):
+    if not parts or not all(map(_attribute, parts)):
         raise MalformedError(
-            f"{where} has the tensor name {_kind(value)}; expected parts of letters, digits, _ or - with dots"
+            f"{where} has the tensor name {_kind(value)}; expected dotted parts of 1 to 256 printable characters each, "
+            f"without quotes, backslashes and Python's own words"
         )
     return str(value)
+
+
+def _attribute(part: str) -> bool:
+    plain = part.isprintable() and not set(part) & set("\"'\\/")
+    return plain and 1 <= len(part) <= 256 and unicodedata.normalize("NFKC", part) == part and not _reserved(part)
 
 
 def _reserved(part: str) -> bool:
@@ -220,6 +230,13 @@ def decode_number(value: Json, where: str) -> float:
     return value
 
 
+def _positive(value: Json, where: str) -> float:
+    """A finite float that is not below 0."""
+    if not 0 <= (found := decode_number(value, where)) < math.inf:
+        raise MalformedError(f"{where} is {found}; expected a finite number, at least 0")
+    return found
+
+
 # --- types and quantization of nodes ---------------------------------------------------------------------------------
 def encode_type(value: ValueType | None) -> Json:
     """``{"dtype", "shape"}`` for a tensor, ``{"kind", "value"}`` for a number, a list for several values."""
@@ -296,9 +313,9 @@ def _decode_weight(value: Json, where: str) -> WeightQuant:
         weight=path(found["weight"], where),
         spec=decode_spec(found["spec"], where),
         method=text(found["method"], f"the method of {where}"),
-        error=decode_number(found["error"], f"the error of {where}"),
+        error=_positive(found["error"], f"the error of {where}"),
         nbytes=whole(found["nbytes"], f"the size of {where}", 0),
-        float_nbytes=whole(found["float_nbytes"], f"the size of {where}", 0),
+        float_nbytes=whole(found["float_nbytes"], f"the size of {where}", 1),
     )
 
 
@@ -315,12 +332,14 @@ def encode_signature(signature: Signature) -> Json:
         "inputs": [{"name": i.name, "type": encode_type(i.type)} for i in signature.inputs],
         "output": signature.output,
         "fixed": {k: encode_value(v) for k, v in signature.fixed.items()},
+        "parameters": list(signature.parameters),
+        "limits": list(signature.limits),
     }
 
 
 def decode_signature(value: Json, outputs: int) -> Signature:
     """``outputs``: how many flat outputs the graph has, for the indices in the output's structure."""
-    found = fields(value, "the signature", ["inputs", "output", "fixed"])
+    found = fields(value, "the signature", ["inputs", "output", "fixed", "parameters", "limits"])
     inputs = []
     for item in items(found["inputs"], "the list of inputs"):
         item = fields(item, "an input", ["name", "type"])
@@ -332,29 +351,54 @@ def decode_signature(value: Json, outputs: int) -> Signature:
         fixed[text(key, "the name of a fixed input")] = plain = decode_value(item, {})
         if not (plain is None or isinstance(plain, (bool, int, float, str))):
             raise MalformedError("the fixed inputs of the signature are not names of plain values")
-    return Signature(tuple(inputs), found["output"], fixed)
+    parameters = tuple(text(p, "a parameter's name", 256) for p in items(found["parameters"], "the parameters"))
+    limits = tuple(decode_limit(limit, inputs) for limit in items(found["limits"], "the limits of sizes"))
+    return Signature(tuple(inputs), found["output"], fixed, None, parameters, limits)
 
 
-def check_structure(value: Json, outputs: int, depth: int = 0) -> None:
-    """Raise MalformedError unless ``value`` is an output's structure whose indices are below ``outputs``."""
+def decode_limit(value: Json, inputs: Sequence[Input]) -> str:
+    """A condition over dimension names of the inputs, such as ``batch <= 3``."""
+    limit = text(value, "a limit of sizes", 1024)
+    known = {dim for item in inputs for dim in item.type.shape if isinstance(dim, str)}
+    try:
+        unknown = dims.condition_names(limit) - known
+    except ValueError as error:
+        raise MalformedError(f"a limit of sizes: {error}") from None
+    if unknown:
+        raise MalformedError(f"limit {limit[:60]!r} names {sorted(unknown)[0]!r}, which is no size of an input")
+    return limit
+
+
+def check_structure(value: Json, outputs: int) -> None:
+    """Raise MalformedError unless ``value`` is an output's structure that holds each of ``outputs`` once, in order."""
+    found = list(_indices(value, outputs))
+    if found != list(range(outputs)):
+        raise MalformedError(f"the structure of the output holds the outputs {found[:20]}; the graph gives {outputs}")
+
+
+def _indices(value: Json, outputs: int, depth: int = 0) -> Iterator[int]:
+    where = "the structure of the output"
     if depth > MAX_DEPTH:
-        raise MalformedError(f"the structure of the output is nested deeper than {MAX_DEPTH}")
+        raise MalformedError(f"{where} is nested deeper than {MAX_DEPTH}")
     if value is None:
         return
     if not isinstance(value, dict):
-        whole(value, "an index in the structure of the output", 0, outputs - 1)
+        yield whole(value, f"an index in {where}", 0, outputs - 1)
         return
-    found = fields(value, "the structure of the output", ["kind", "items"], ["keys"])
+    found = fields(value, where, ["kind", "items"], ["keys"])
     if found["kind"] not in ("dict", "list", "tuple") or (found["kind"] == "dict") != ("keys" in found):
-        raise MalformedError(
-            f"the structure of the output has kind {_kind(found['kind'])}; expected dict with keys, list or tuple"
-        )
-    inner = items(found["items"], "the structure of the output")
-    keys = [text(k, "a key of the output") for k in items(found.get("keys", []), "the keys of the output")]
+        raise MalformedError(f"{where} has kind {_kind(found['kind'])}; expected dict with keys, list or tuple")
+    inner = items(found["items"], where)
+    keys = [_output_key(k) for k in items(found.get("keys", []), "the keys of the output")]
     if "keys" in found and (len(keys) != len(inner) or len(set(keys)) != len(keys)):
         raise MalformedError(f"a dict of the output has {len(keys)} keys for {len(inner)} values, or a key twice")
     for item in inner:
-        check_structure(item, outputs, depth + 1)
+        yield from _indices(item, outputs, depth + 1)
+
+
+def _output_key(value: Json) -> str | int:
+    where = "a key of the output"
+    return whole(value, where) if isinstance(value, int) else text(value, where)
 
 
 def encode_trace(trace: Sequence[Step]) -> Json:
@@ -390,7 +434,7 @@ def decode_trace(value: Json) -> list[Step]:
             rewrites=tuple(Rewrite(*row) for row in _rows(item["rewrites"], where)),
             declines=tuple(Declined(*row) for row in _rows(item["declines"], where)),
             text="\n".join(shown),
-            seconds=decode_number(item["seconds"], f"the time of {where}"),
+            seconds=_positive(item["seconds"], f"the time of {where}"),
             error=None if item["error"] is None else decode_number(item["error"], f"the error of {where}"),
         ))  # fmt: skip
     return steps

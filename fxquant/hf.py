@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.errors import ModelError
+from fxquant.examples import example_inputs
 from fxquant.program import Progress, quiet
 
 
@@ -294,34 +295,3 @@ def _gguf_note(gguf: ModuleType, header: Any) -> str | None:
         sizes[name] = sizes.get(name, 0) + tensor.nbytes
     blocks = {name: size for name, size in sizes.items() if name not in ("F32", "F16", "BF16", "F64")}
     return f"GGUF {max(blocks, key=lambda name: blocks[name])}" if blocks else None
-
-
-# --- example inputs ---------------------------------------------------------------------------------------------------
-BATCH, LENGTH = 2, 16
-
-
-def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Keyword inputs for a transformers model: token ids (and a mask for encoders) or pixels."""
-    kind = str(getattr(model, "main_input_name", ""))
-    config: Any = model.config
-    if kind == "pixel_values":
-        size, channels = getattr(config, "image_size", 224), getattr(config, "num_channels", 3)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {kind: torch.randn(BATCH, channels, height, width, generator=torch.Generator().manual_seed(0))}
-    if kind != "input_ids":
-        raise ModelError(f"no example inputs are known for {type(model).__name__}, which takes {kind or 'unnamed'!r}; "
-                         f"load the model yourself and give example_inputs to fxquant.compile")  # fmt: skip
-    vocabulary = int(config.get_text_config().vocab_size)
-    ids = (torch.arange(BATCH * LENGTH) * 37 % vocabulary).reshape(BATCH, LENGTH)
-    inputs = {"input_ids": ids}
-    if not is_decoder(model):
-        inputs["attention_mask"] = torch.ones_like(ids)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, : LENGTH - 3]  # a length of its own: equal sizes would be one dimension
-    return inputs
-
-
-def is_decoder(model: nn.Module) -> bool:
-    """Whether the model reads tokens left to right and predicts the next one."""
-    name = type(model).__name__
-    return name.endswith(("ForCausalLM", "LMHeadModel")) or bool(getattr(model.config, "is_decoder", False))

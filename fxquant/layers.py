@@ -24,8 +24,13 @@ _OPERAND: dict[Any, tuple[str, int]] = {
     aten.conv3d.padding: ("conv", 1),
     aten.embedding.default: ("embedding", 0),
 }  # target -> (layer type, position of the weight)
-_FOLLOWED = (aten.index.Tensor, aten.index_select.default, aten.transpose.int, aten.contiguous.default)
-_PRODUCTS = (aten.bmm.default, aten.matmul.default, aten._grouped_mm.default)
+_SWAPS = (aten.t.default, aten.numpy_T.default, aten.mT.default, aten.matrix_H.default)
+"""Views that swap the two dimensions of a matrix; ``aten.mT`` the last two of any tensor."""
+_PAIRED = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+_FOLLOWED = (
+    aten.index.Tensor, aten.index_select.default, aten.select.int, aten.contiguous.default, *_PAIRED, *_SWAPS,
+)  # fmt: skip
+_PRODUCTS = (aten.bmm.default, aten.mm.default, aten.matmul.default, aten._grouped_mm.default)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def _plain_layer(gm: fx.GraphModule, node: fx.Node, kind: str, position: int) ->
     if not isinstance(operand, fx.Node):
         return None
     source, transposed = operand, False
-    if operand.op == "call_function" and _swaps_matrix(operand):
+    if operand.op == "call_function" and swaps_matrix(operand):
         source, transposed = operand.args[0], True  # type: ignore[assignment]
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
@@ -88,13 +93,14 @@ def _plain_layer(gm: fx.GraphModule, node: fx.Node, kind: str, position: int) ->
     return Layer(_name(node, str(source.target)), kind, node, position, operand, source, weight, transposed)
 
 
-def _swaps_matrix(node: fx.Node) -> bool:
-    """Whether the node swaps the two dimensions of a matrix: t(w), transpose(w, 0, 1) or permute(w, [1, 0])."""
-    if node.target is aten.t.default:
-        return True
+def swaps_matrix(node: fx.Node, rank: int = 2) -> bool:
+    """Whether the node swaps the last two of ``rank`` dimensions: t(w), w.T, transpose(w, 0, 1), permute(w, [1, 0])."""
+    if node.target in _SWAPS:
+        return rank == 2 or node.target is aten.mT.default
     if node.target is aten.permute.default:
-        return list(node.args[1]) in ([1, 0], [-1, -2], [-1, 0], [1, -2])  # type: ignore[arg-type]
-    return node.target is aten.transpose.int and {int(d) % 2 for d in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        return order == [*range(rank - 2), rank - 1, rank - 2]
+    return node.target in _PAIRED and {int(d) % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[arg-type]
 
 
 def _batched_layer(gm: fx.GraphModule, source: fx.Node) -> Layer | None:
@@ -116,16 +122,34 @@ def _is_product(target: Any) -> bool:
     return target in _PRODUCTS or str(target).startswith("transformers.grouped_mm_fallback")
 
 
-def _reaches_product(node: fx.Node, *, swapped: bool) -> tuple[fx.Node, int, bool] | None:
-    """The batched product that takes ``node``, on which side, and whether its last two dims were swapped before."""
+def _reaches_product(node: fx.Node, *, swapped: bool, rank: int = 3) -> tuple[fx.Node, int, bool] | None:
+    """The batched product that takes ``node``, on which side, and whether its last two dims were swapped before.
+
+    ``w[i]`` of one expert is followed to its product as well, ``x @ w[i]`` or ``linear(x, w[i])``, which is x w[i]^T.
+    """
     for user in node.users:
         if _is_product(user.target) and node in user.args[:2]:
             return user, user.args.index(node), swapped
+        if user.target is aten.linear.default and rank == 2 and user.args[1] is node:
+            return user, 1, not swapped
         if user.target in _FOLLOWED and user.args[0] is node:
-            swap = user.target is aten.transpose.int and {int(d) % 3 for d in user.args[1:3]} == {1, 2}  # type: ignore[arg-type]
-            if reached := _reaches_product(user, swapped=swapped ^ swap):
+            one = user.target is aten.select.int
+            if one and (rank != 3 or int(user.args[1]) % 3 != 0):  # type: ignore[arg-type]
+                continue  # a row of a matrix: no weight of a product
+            swap = swaps_matrix(user, rank)
+            if reached := _reaches_product(user, swapped=swapped ^ swap, rank=2 if one else rank):
                 return reached
     return None
+
+
+def other_uses(layers: list[Layer]) -> list[tuple[fx.Node, Layer]]:
+    """Nodes that read a layer's weight and are no layer on it, with that layer: they keep its float copy in use."""
+    own = {layer.node for layer in layers}
+    found = []
+    for source, layer in {layer.source: layer for layer in layers if layer.type != "matmul"}.items():
+        users = [u for user in source.users for u in ([*user.users] if swaps_matrix(user) else [user])]
+        found += [(user, layer) for user in dict.fromkeys(users) if user not in own]
+    return found
 
 
 def _name(node: fx.Node, target: str) -> str:

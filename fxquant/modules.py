@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from fxquant.errors import CaptureError
@@ -17,22 +19,33 @@ _PARTS = ("packed", "scale", "zero_point", "tensor_scale")
 
 
 class PackedWeight(nn.Module):
-    """A packed weight as buffers: uint8 codes, scales, zero point and scale of scales where there are any."""
+    """A packed weight as buffers: uint8 codes, scales, zero point and scale of scales where there are any.
+
+    ``dtype`` is what it decodes to. A cast of the module (``model.half()``) changes that and leaves the buffers, whose
+    dtypes belong to the spec, as they are. ``transposed`` says that the parameter it stands for has its last two
+    dimensions in the other order.
+    """
 
     packed: Tensor
     scale: Tensor
     zero_point: Tensor | None
     tensor_scale: Tensor | None
 
-    def __init__(self, parts: Mapping[str, Tensor | None], spec: str, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, parts: Mapping[str, Tensor | None], *, spec: str, shape: tuple[int, ...], dtype: torch.dtype,
+        transposed: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.spec, self.shape = spec, shape
+        self.spec, self.shape, self.dtype, self.transposed = spec, shape, dtype, transposed
         for name, value in parts.items():
             self.register_buffer(name, value)
 
     def decode(self) -> Tensor:
-        """The real weight, float32 of the logical shape."""
-        return ops.dequantize_packed(*self.parts, self.spec, list(self.shape), **self.outer)  # type: ignore[no-any-return]
+        """The parameter this stands for: its values rounded to the grid, its shape, ``dtype``."""
+        value: Tensor = ops.dequantize_packed(
+            *self.parts, self.spec, list(self.shape), tensor_scale=self.tensor_scale, dtype=self.dtype
+        )
+        return value.transpose(-1, -2) if self.transposed else value
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -42,86 +55,139 @@ class PackedWeight(nn.Module):
     def outer(self) -> dict[str, Tensor | None]:
         return {"tensor_scale": self.tensor_scale}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+
+        def move(value: Tensor) -> Tensor:
+            moved = fn(value)
+            return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         return f"{self.spec}, {'x'.join(map(str, self.shape))}"
 
 
-class QuantizedLinear(nn.Module):
+class _Quantized(nn.Module):
+    """What stands in the place of a float module: its bias, its plain attributes, its hooks, and a packed weight."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: PackedWeight, old: nn.Module) -> None:
+        super().__init__()
+        adopt(self, old)
+        self.weight_packed = weight
+        self.register_parameter("bias", getattr(old, "bias", None))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, decoded anew each time it is read; it cannot be set."""
+        return self.weight_packed.decode()
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+def adopt(new: nn.Module, old: nn.Module) -> None:
+    """Give ``new`` the public attributes of ``old`` (``in_features``, ``stride``, ``training``) and its hooks.
+
+    The tables of hooks are shared, so that the handles that ``register_forward_hook`` returned still remove them.
+    """
+    for name, value in vars(old).items():
+        if name in _HOOKS or not (name.startswith("_") or name == "forward"):
+            object.__setattr__(new, name, value)
+
+
+class QuantizedLinear(_Quantized):
     """``y = x W^T + bias`` with W packed."""
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight_packed = weight
+    def __init__(self, weight: PackedWeight, old: nn.Module) -> None:
+        super().__init__(weight, old)
         self.out_features, self.in_features = weight.shape
-        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight_packed
         return ops.linear_wq(x, *w.parts, self.bias, w.spec, list(w.shape), **w.outer)  # type: ignore[no-any-return]
 
 
-class QuantizedConv2d(nn.Module):
+class QuantizedConv2d(_Quantized):
     """A 2-D convolution, zero padding, with its kernel packed."""
 
-    def __init__(self, weight: PackedWeight, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.weight_packed, self.bias = weight, conv.bias
-        self.window = [list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight_packed
-        return ops.conv2d_wq(x, *w.parts, self.bias, w.spec, list(w.shape), *self.window, **w.outer)  # type: ignore[no-any-return]
+        w, window = self.weight_packed, (list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        return ops.conv2d_wq(x, *w.parts, self.bias, w.spec, list(w.shape), *window, **w.outer)  # type: ignore[no-any-return]
 
 
-class QuantizedEmbedding(nn.Module):
-    """Rows of a packed table."""
-
-    def __init__(self, weight: PackedWeight) -> None:
-        super().__init__()
-        self.weight_packed = weight
-        self.num_embeddings, self.embedding_dim = weight.shape
+class QuantizedEmbedding(_Quantized):
+    """Rows of a packed table, in the dtype of the table it replaces."""
 
     def forward(self, indices: Tensor) -> Tensor:
         w = self.weight_packed
-        return ops.embedding_wq(indices, *w.parts, w.spec, list(w.shape), **w.outer)  # type: ignore[no-any-return]
+        return ops.embedding_wq(indices, *w.parts, w.spec, list(w.shape), dtype=w.dtype, **w.outer)  # type: ignore[no-any-return]
 
 
 class DecodedParameter(nn.Module):
     """A parametrization: the parameter of any other module, decoded from packed codes each time it is read."""
 
-    def __init__(self, weight: PackedWeight, transposed: bool) -> None:
+    def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
-        self.weight_packed, self.transposed = weight, transposed
+        self.weight_packed = weight
 
     def forward(self, original: Tensor) -> Tensor:
-        value = self.weight_packed.decode().to(original.dtype)
-        return value.transpose(-1, -2) if self.transposed else value
+        return self.weight_packed.decode()
 
 
 def write_back(model: nn.Module, program: Program) -> None:
-    """Replace, in ``model``, every module whose weight ``program`` has packed."""
+    """Replace, in ``model``, every module whose weight ``program`` has packed.
+
+    Raises CaptureError, before any change, for a weight that is no parameter of the model or is packed in two ways.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    packed = _packed_weights(program)
-    missing = [name for name in packed if name not in parameters]
-    if missing:
+    nodes = _packed_nodes(program)
+    if missing := [name for name in nodes if name not in parameters]:
         raise CaptureError(f"the compiled weights {missing[:3]} are not parameters of {type(model).__name__}")
-    for name, weight in packed.items():
+    for name, node in nodes.items():
         original = parameters[name]
+        weight = _packed_weight(program, node, original.dtype)
         for other in [n for n, p in parameters.items() if p is original]:  # a tie has several names
             _replace(model, other, weight, original)
 
 
-def _packed_weights(program: Program) -> dict[str, PackedWeight]:
-    found: dict[str, PackedWeight] = {}
+def _packed_nodes(program: Program) -> dict[str, fx.Node]:
+    """The node that reads each packed weight, by the name of the parameter it was."""
+    found: dict[str, fx.Node] = {}
     for node in program.gm.graph.nodes:
         quant = info(node).weight
         if quant is None or node.op != "call_function":
             continue
-        names = [a.name for a in node.target._schema.arguments]
-        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        parts = {k: None if given.get(k) is None else fetch(program.gm, str(given[k].target)) for k in _PARTS}
-        found[quant.weight] = PackedWeight(parts, given["spec"], tuple(given["shape"]))
+        first = found.setdefault(quant.weight, node)
+        if _given(first)["packed"].target != _given(node)["packed"].target:
+            raise CaptureError(
+                f"{quant.weight} is used as it is and transposed, which one packed weight cannot be both of; keep its "
+                f"layers in float with a rule, or use fxquant.compile, which packs it twice"
+            )
     return found
+
+
+def _given(node: fx.Node) -> dict[str, Any]:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _packed_weight(program: Program, node: fx.Node, dtype: torch.dtype) -> PackedWeight:
+    given, quant = _given(node), info(node).weight
+    assert quant is not None
+    parts = {k: None if given.get(k) is None else fetch(program.gm, str(given[k].target)) for k in _PARTS}
+    transposed = str(given["packed"].target).removeprefix(quant.weight).startswith("_t_")  # as insert_qdq names it
+    return PackedWeight(parts, spec=given["spec"], shape=tuple(given["shape"]), dtype=dtype, transposed=transposed)
 
 
 def _replace(model: nn.Module, name: str, weight: PackedWeight, original: Tensor) -> None:
@@ -129,11 +195,11 @@ def _replace(model: nn.Module, name: str, weight: PackedWeight, original: Tensor
     module = model.get_submodule(path)
     new = _quantized(module, weight) if leaf == "weight" and path else None
     if new is not None:
-        new.train(module.training)
         model.set_submodule(path, new)
         return
-    transposed = tuple(original.shape) != weight.shape
-    parametrize.register_parametrization(module, leaf, DecodedParameter(weight, transposed), unsafe=True)
+    if parametrize.is_parametrized(module, leaf):  # a module that has two paths
+        return
+    parametrize.register_parametrization(module, leaf, DecodedParameter(weight), unsafe=True)
     module.parametrizations[leaf].original.data = original.new_empty(0)  # type: ignore[index,union-attr]
 
 
@@ -141,9 +207,9 @@ def _quantized(module: nn.Module, weight: PackedWeight) -> nn.Module | None:
     """The packed form of a module of a known type, None for any other."""
     kind = type(module)
     if kind is nn.Linear or kind.__name__ == "Conv1D":  # transformers' Conv1D is a linear, stored [in, out]
-        return QuantizedLinear(weight, module.bias)  # type: ignore[arg-type]
+        return QuantizedLinear(weight, module)
     if kind is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return QuantizedConv2d(weight, module)  # type: ignore[arg-type]
+        return QuantizedConv2d(weight, module)
     if kind is nn.Embedding and module.max_norm is None:
-        return QuantizedEmbedding(weight)
+        return QuantizedEmbedding(weight, module)
     return None

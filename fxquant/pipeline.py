@@ -15,7 +15,8 @@ from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel
 from fxquant.config import ConfigLike, load_config
-from fxquant.errors import CaptureError, ConfigError, LoadError, near
+from fxquant.errors import ConfigError, LoadError, near
+from fxquant.examples import default_inputs
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
 from fxquant.passes.insert_qdq import INSERT_QDQ
@@ -78,13 +79,12 @@ def quantize_(
 ) -> CompiledModel:
     """Compile ``model`` and write the packed weights back into it, so that its own methods (``generate``) run on them.
 
-    Modules whose weight was quantized are replaced in place. ``example_inputs`` defaults to the ``dummy_inputs`` that
-    Hugging Face models carry. Returns the compiled model, for its report.
+    Modules whose weight was quantized are replaced in place; what replaces them keeps their attributes and hooks, and
+    decodes ``weight`` when it is read. ``example_inputs`` may be left out for Hugging Face models and others that have
+    ``dummy_inputs``. Returns the compiled model, for its report.
     """
     if example_inputs is None:
-        example_inputs = getattr(model, "dummy_inputs", None)
-    if example_inputs is None:
-        raise CaptureError(f"{type(model).__name__} has no dummy_inputs; give example_inputs to quantize_")
+        example_inputs = default_inputs(model)
     compiled = compile(model, example_inputs, config, progress=progress)
     write_back(model, compiled.program)
     return compiled

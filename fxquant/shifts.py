@@ -63,7 +63,8 @@ def decode(codes: Tensor, format: FloatFormat, dtype: torch.dtype = torch.float1
     wide = codes.to(integer)
     magnitude = (wide & (2**sign_at - 1)) << (mbits - format.mbits)
     sign = (wide >> sign_at) << (torch.iinfo(integer).bits - 1)
-    return (magnitude | sign).view(dtype) * 2.0 ** (bias - int(format.bias))
+    value: Tensor = (magnitude | sign).view(dtype) * 2.0 ** (bias - int(format.bias))
+    return value
 
 
 @cache
@@ -101,8 +102,8 @@ def cast(
     if n.numel() and (int(n.min()) < low or int(n.max()) > high):
         if outside == "error":
             raise FormatError(
-                f"exponents {int(n.min())}..{int(n.max())} leave the window {low}..{high} in which {source} to {target} "
-                f'is exact; move a power of two into the outer scale, or pass outside="clamp"'
+                f"exponents {int(n.min())}..{int(n.max())} leave the window {low}..{high} in which {source} to "
+                f'{target} is exact; move a power of two into the outer scale, or pass outside="clamp"'
             )
         n = n.clamp(low, high)
     n, wide = n.to(torch.int32), codes.to(torch.int32)

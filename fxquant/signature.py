@@ -6,16 +6,17 @@ model's own call: it binds positional and keyword arguments to inputs, checks th
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxquant.dims import evaluate
+from fxquant.dims import condition_names, evaluate, holds
 from fxquant.errors import InputError
 from fxquant.graph import TensorType, dtype_name
 
@@ -36,43 +37,52 @@ class Signature:
     """Names and types of the inputs, values that were fixed at capture, and the output's structure.
 
     ``out_spec`` is the pytree spec that rebuilds the model's own output type; a loaded program has none and returns
-    dicts, lists and tuples.
+    dicts, lists and tuples. ``parameters`` are the names that positional arguments bind to, in order; a last
+    ``*args`` takes the rest. ``limits`` are the conditions on dimension names under which the program holds
+    (``batch <= 3``, ``batch % 2 != 0``).
     """
 
     inputs: tuple[Input, ...]
     output: Structure
     fixed: dict[str, int | float | bool | str | None] = field(default_factory=dict)
     out_spec: pytree.TreeSpec | None = None
+    parameters: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The flat tensors of a call, in graph order; InputError names what is missing, unknown or of a wrong type."""
+        """The flat tensors of a call, in graph order; InputError names what is missing, unknown or of a wrong type.
+
+        A tensor inside a container is found by its path (``x_key``, ``xs_0``), not by its position.
+        """
         names = [i.name for i in self.inputs]
-        given = self._positional(args, names)
-        nested = {k: v for k, v in kwargs.items() if k not in names}
-        for name, value in {**{k: v for k, v in kwargs.items() if k in names}, **named_leaves(nested)}.items():
-            if name in self.fixed or (name not in names and value is None):
-                self._check_fixed(name, value)
-            elif name not in names:
-                raise InputError(f"unknown input {name!r}; the model was captured with {names}")
-            elif name in given:
-                raise InputError(f"input {name!r} was given twice, by position and by name")
-            else:
-                given[name] = value
+        call = self._by_parameter(args, names)
+        given: dict[str, Any] = {}
+        if twice := next((k for k in kwargs if k in call), None):
+            raise InputError(f"input {twice!r} was given twice, by position and by name")
+        for outer, tree in {**call, **kwargs}.items():
+            for name, value in ({outer: tree} if outer in names else named_leaves({outer: tree})).items():
+                if name in given:
+                    raise InputError(f"input {name!r} was given twice")
+                if name in names:
+                    given[name] = value
+                elif name in self.fixed or value is None:
+                    self._check_fixed(name, value)
+                else:
+                    raise InputError(f"unknown input {name!r}; the model was captured with {names}")
         if missing := [n for n in names if n not in given]:
             raise InputError(f"missing input{'s' if len(missing) > 1 else ''} {missing}; the model takes {names}")
         self._check_types(given)
         return [given[n] for n in names]
 
-    def _positional(self, args: Sequence[Any], names: list[str]) -> dict[str, Any]:
-        """Tensors by position; values among them that are no tensors must be those fixed at capture, in order."""
-        flat = pytree.tree_leaves(tuple(args))
-        tensors = [v for v in flat if isinstance(v, Tensor)]
-        others = [v for v in flat if not isinstance(v, Tensor)]
-        if len(tensors) > len(names) or len(others) > len(self.fixed):
-            raise InputError(f"{len(flat)} positional inputs given; the model takes {len(names)}: {names}")
-        for name, value in zip(self.fixed, others, strict=False):
-            self._check_fixed(name, value)
-        return dict(zip(names, tensors, strict=False))
+    def _by_parameter(self, args: Sequence[Any], names: list[str]) -> dict[str, Any]:
+        """Positional arguments by the parameter that each binds to."""
+        parameters = self.parameters or tuple(names)
+        rest = parameters[-1][1:] if parameters and parameters[-1].startswith("*") else ""
+        plain = parameters[:-1] if rest else parameters
+        if len(args) > len(plain) and not rest:
+            raise InputError(f"{len(args)} positional inputs given; the model takes {len(plain)}: {list(plain)}")
+        call = dict(zip(plain, args, strict=False))
+        return {**call, rest: tuple(args[len(plain) :])} if len(args) > len(plain) else call
 
     def _check_fixed(self, name: str, value: Any) -> None:
         want = self.fixed.get(name)
@@ -80,6 +90,12 @@ class Signature:
             raise InputError(
                 f"input {name!r} was fixed to {want!r} when the model was captured; recompile to change it"
             )
+
+    def sizes(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """The size of every named dimension, from the flat tensors of a call."""
+        pairs = zip(self.inputs, tensors, strict=True)
+        dims = [pair for item, value in pairs for pair in zip(item.type.shape, value.shape, strict=True)]
+        return {dim: size for dim, size in dims if isinstance(dim, str) and dim.isidentifier()}
 
     def _check_types(self, given: Mapping[str, Any]) -> None:
         sizes: dict[str, int] = {}
@@ -98,6 +114,38 @@ class Signature:
                     raise InputError(f"input {item.name!r} is {describe(value)}; expected {item.type}{known}")
         for item, value, size, dim in derived:
             _check_derived(item, value, size, dim, sizes)
+        self._check_limits(sizes)
+
+    def _check_limits(self, sizes: Mapping[str, int]) -> None:
+        if (broken := self._broken(sizes)) is None:
+            return
+        used = condition_names(broken)
+        at = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in used)
+        raise InputError(
+            f"the inputs have {at}; the program holds for {broken}{self._nearest(sizes, used)}, since the model takes "
+            f"another path at other sizes; compile with example_inputs of the size you need"
+        )
+
+    def _broken(self, sizes: Mapping[str, int]) -> str | None:
+        """The first limit that does not hold; one that cannot be computed (a division by zero) does not."""
+        for limit in self.limits:
+            try:
+                if holds(limit, sizes):
+                    continue
+            except ValueError:
+                pass
+            return limit
+        return None
+
+    def _nearest(self, sizes: Mapping[str, int], used: set[str]) -> str:
+        """`` (such as batch = 4 or 6)``: the closest sizes that are allowed, where one dimension decides."""
+        if len(used) != 1:
+            return ""
+        (name,) = used
+        around = [range(sizes[name], max(sizes[name] - 4096, -1), -1), range(sizes[name], sizes[name] + 4096)]
+        found = [next((n for n in side if self._broken({**sizes, name: n}) is None), None) for side in around]
+        known = [str(n) for n in found if n is not None]
+        return f" (such as {name} = {' or '.join(known)})" if known else ""
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The model's output from the graph's flat outputs: its own type, or plain containers for a loaded program."""
@@ -128,7 +176,11 @@ def structure_of(spec: pytree.TreeSpec) -> Structure:
         if node.is_leaf():
             return next(counter)
         keys = node.context
-        if isinstance(keys, (list, tuple)) and len(keys) == node.num_children and all(isinstance(k, str) for k in keys):
+        if (
+            isinstance(keys, (list, tuple))
+            and len(keys) == node.num_children
+            and all(type(k) in (str, int) for k in keys)
+        ):
             return {"kind": "dict", "keys": list(keys), "items": [walk(c) for c in node.children()]}
         kind = "list" if node.type is list else "tuple"
         return {"kind": kind, "items": [walk(c) for c in node.children()]}
@@ -145,7 +197,7 @@ def output_names(structure: Structure) -> list[str]:
             if isinstance(node, int):
                 names.append(name)
             return
-        keys = node.get("keys") or [f"{name}_{i}" if i else name for i in range(len(node["items"]))]
+        keys = list(map(str, node.get("keys", ()))) or [f"{name}_{i}" if i else name for i in range(len(node["items"]))]
         for key, item in zip(keys, node["items"], strict=True):
             walk(item, key if name == "output" else f"{name}_{key}" if node.get("keys") else key)
 
@@ -173,6 +225,24 @@ def named_leaves(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _key(entry: Any) -> str:
     return str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry))))
+
+
+def parameters_of(model: nn.Module) -> tuple[str, ...]:
+    """The names that positional arguments of ``model.forward`` bind to; ``*args`` for those that take the rest."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (*named, *(f"*{p.name}" for p in parameters if p.kind is p.VAR_POSITIONAL))
+
+
+def by_parameter(call: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a call by parameter name, what went to ``**kwargs`` by its own."""
+    found: dict[str, Any] = {}
+    for name, value in call.arguments.items():
+        if call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        else:
+            found[name] = value
+    return found
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,11 +21,12 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from fxquant.eager import copies, difference, is_users, run_model, unchanged
 from fxquant.errors import CaptureError
 from fxquant.graph import NodeInfo, ScalarType, TensorType, ValueType, info, set_info
 from fxquant.program import Program
 from fxquant.rewrite import aten, attach, remove_unused, tensors
-from fxquant.signature import Input, Signature, named_leaves, structure_of
+from fxquant.signature import Input, Signature, by_parameter, named_leaves, parameters_of, structure_of
 
 Function = Callable[..., Any]
 Values = dict[fx.Node, Any]
@@ -39,8 +39,8 @@ def trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     """
     call = inspect.signature(model.forward).bind(*args, **kwargs)
     call.apply_defaults()
-    bound = named_leaves(_by_name(call))
-    with _unchanged(model), torch.no_grad():
+    bound = named_leaves(by_parameter(call))
+    with unchanged(model), torch.no_grad():
         lowering = _Lowering(model, bound)
         outputs = lowering.run(_Tracer(call, bound).trace(model))
     flat, out_spec = pytree.tree_flatten(outputs)
@@ -49,20 +49,9 @@ def trace_symbolically(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     inputs = tuple(Input(str(n.target), t) for n in lowering.inputs if isinstance(t := info(n).type, TensorType))
     fixed = {k: v for k, v in bound.items() if v is None or isinstance(v, (bool, int, float, str))}
     gm = fx.GraphModule(lowering.root, lowering.graph)
-    program = Program(gm, Signature(inputs, structure_of(out_spec), fixed, out_spec))
+    program = Program(gm, Signature(inputs, structure_of(out_spec), fixed, out_spec, parameters_of(model)))
     _check_same(model, program, args, kwargs, [v for v in bound.values() if isinstance(v, Tensor)])
     return program
-
-
-def _by_name(call: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments of a call by parameter name, what went to ``**kwargs`` by its own."""
-    found: dict[str, Any] = {}
-    for name, value in call.arguments.items():
-        if call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(value)
-        else:
-            found[name] = value
-    return found
 
 
 class _Tracer(fx.Tracer):
@@ -83,50 +72,16 @@ class _Tracer(fx.Tracer):
         return lambda root: root_fn(root, *self.call.args, **self.call.kwargs), [self.root]
 
 
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Attributes that a forward assigns and buffers that it updates, as they were before: tracing leaves proxies."""
-    state = [
-        (m, dict(vars(m)), {k: dict(v) for k, v in vars(m).items() if isinstance(v, dict)}) for m in model.modules()
-    ]
-    buffers = [(b, b.clone()) for b in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, attributes, tables in state:
-            for key, table in tables.items():
-                attributes[key].clear()
-                attributes[key].update(table)
-            vars(module).clear()
-            vars(module).update(attributes)
-        for buffer, value in buffers:
-            buffer.copy_(value)
-
-
 def _check_same(model: nn.Module, program: Program, args: Any, kwargs: Any, inputs: list[Tensor]) -> None:
-    with _unchanged(model), torch.no_grad():
-        want = pytree.tree_leaves(model(*_copies(args), **_copies(kwargs)))
-        got = program.gm(*_copies(inputs))
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        if isinstance(b, Tensor) and not _close_to(a, b):
-            raise CaptureError(
-                f"output {i} of the traced graph differs from the model's: its forward depends on state or changes "
-                f"tensors through views; make it a function of its inputs"
-            )
-
-
-def _close_to(got: Tensor, want: Tensor) -> bool:
-    """Equal, up to rounding where the model takes a fused path in eager mode (nn.MultiheadAttention)."""
-    if got.dtype != want.dtype or got.shape != want.shape:
-        return False
-    if not want.is_floating_point():
-        return torch.equal(got, want)
-    scale = float(want.abs().nan_to_num(posinf=0).max()) if want.numel() else 0.0
-    return torch.allclose(got, want, rtol=0, atol=1e-5 * scale, equal_nan=True)
-
-
-def _copies(value: Any) -> Any:
-    return pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
+    want = run_model(model, args, kwargs)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        got = list(program.gm(*copies(inputs)))
+    if different := difference(got, want):
+        raise CaptureError(
+            f"{different} of the traced graph differs from the model's: its forward depends on state or changes "
+            f"tensors through views; make it a function of its inputs"
+        )
 
 
 # --- from recorded calls to aten operators ----------------------------------------------------------------------------
@@ -397,7 +352,7 @@ def _origin(model: nn.Module, node: fx.Node) -> tuple[str, str, str]:
 
 def _line(node: fx.Node) -> str:
     found = re.findall(r'File "([^"]+)", line (\d+)', str(node.stack_trace or ""))
-    own = [(file, line) for file, line in found if "/torch/" not in file] or found
+    own = [(file, line) for file, line in found if is_users(file)] or found
     return f"{own[-1][0].rpartition('/')[2]}:{own[-1][1]}" if own else ""
 
 

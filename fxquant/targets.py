@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxquant import ops
+from fxquant.graph import ScalarType, TensorType, info
 
 _ATEN = """
     __and__ __lshift__ __or__ __rshift__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_scalar
@@ -129,7 +130,7 @@ def decode_target(name: str) -> Callable[..., Any]:
 
 
 def check_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless the arguments fit: their number, their names, none missing, none given twice."""
+    """Raise a ValueError unless the arguments fit: their number, names and kinds, none missing, none given twice."""
     if isinstance(target, torch._ops.OpOverload):
         _check_schema(target, args, kwargs)
         return
@@ -139,19 +140,74 @@ def check_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     allowed = (fx.Node, int, float, list) if name == "torch.sym_sum" else (fx.Node, int, float)
     wrong = [a for a in args if not isinstance(a, allowed)]
     if wrong:
-        raise ValueError(f"{name} takes numbers and results of nodes, got {str(wrong[0])[:60]!r}")
+        raise ValueError(f"{name} takes numbers and results of nodes, got {_text(wrong[0])}")
+    if name == "operator.getitem":
+        _check_element(*args)
+
+
+def _check_element(value: Any, index: Any) -> None:
+    """Raise a ValueError unless ``index`` is a result of the node ``value``, as far as its type says."""
+    found = info(value).type if isinstance(value, fx.Node) else ()
+    if isinstance(found, tuple) and not (type(index) is int and -len(found) <= index < len(found)):
+        raise ValueError(f"operator.getitem asks for result {_text(index)} of {_text(value)}, which has {len(found)}")
 
 
 def _check_schema(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    arguments = target._schema.arguments
-    positional = [a.name for a in arguments if not a.kwarg_only]
+    arguments: dict[str, Any] = {a.name: a for a in target._schema.arguments}
+    positional = [a.name for a in arguments.values() if not a.kwarg_only]
     if len(args) > len(positional):
         raise ValueError(f"{target} takes {len(positional)} positional arguments, got {len(args)}")
-    given = set(positional[: len(args)])
-    if twice := sorted(given & set(kwargs)):
+    given = dict(zip(positional, args, strict=False))
+    if twice := sorted(given.keys() & kwargs.keys()):
         raise ValueError(f"{target} is given {twice[0]!r} twice")
-    if unknown := sorted(set(kwargs) - {a.name for a in arguments}):
+    if unknown := sorted(kwargs.keys() - arguments.keys()):
         raise ValueError(f"{target} has no argument {unknown[0][:60]!r}")
-    missing = [a.name for a in arguments if a.name not in given | set(kwargs) and not a.has_default_value()]
+    # what an operator cannot do without stands in its place, never by name: passes and reports read it there
+    missing = [
+        a.name for a in arguments.values()
+        if not a.has_default_value() and a.name not in (kwargs if a.kwarg_only else given)
+    ]  # fmt: skip
     if missing:
         raise ValueError(f"{target} is missing its argument {missing[0]!r}")
+    for name, value in {**given, **kwargs}.items():
+        if not _fits(value, arguments[name].real_type, arguments[name].N):
+            raise ValueError(f"{target} takes {arguments[name].real_type} as {name!r}, got {_text(value)}")
+
+
+def _text(value: Any) -> str:
+    return repr(str(value)[:60])
+
+
+_NUMBERS = (int, float, complex)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "IntType": (int,), "SymIntType": (int,), "FloatType": (int, float), "SymFloatType": (int, float),
+    "BoolType": (int,), "SymBoolType": (int,), "NumberType": _NUMBERS, "TensorType": _NUMBERS, "StringType": (str,),
+    "ScalarTypeType": (torch.dtype,), "DeviceObjType": (torch.device,), "LayoutType": (torch.layout,),
+    "MemoryFormatType": (torch.memory_format,),
+}  # fmt: skip
+"""Kinds of a schema's arguments, and what may be given for each beside the result of a node."""
+_NEVER_NODES = ("StringType", "ScalarTypeType", "DeviceObjType", "LayoutType", "MemoryFormatType")
+
+
+def _fits(value: Any, kind: Any, length: int | None) -> bool:
+    """Whether ``value`` may be an argument of ``kind``; lists of a set length may have one for all, or none at all."""
+    name = kind.kind()
+    if name == "OptionalType":
+        return value is None or _fits(value, kind.getElementType(), length)
+    if name == "ListType":
+        element = kind.getElementType()
+        if isinstance(value, (list, tuple)):
+            right = length in (None, 1) or len(value) in (0, 1, length)
+            return right and all(_fits(v, element, None) for v in value)
+        if isinstance(value, fx.Node):
+            return not isinstance(info(value).type, TensorType | ScalarType)
+        return length is not None and _fits(value, element, None)  # one number for a list of a set length
+    if isinstance(value, fx.Node):
+        return name not in _NEVER_NODES and _node_fits(value, name)
+    return isinstance(value, _KINDS.get(name, ()))
+
+
+def _node_fits(node: fx.Node, kind: str) -> bool:
+    """Whether the result of ``node`` may be given for a tensor or a number, as far as its type says."""
+    found = info(node).type
+    return not isinstance(found, tuple) and (kind == "TensorType" or not isinstance(found, TensorType))

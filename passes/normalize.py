@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxquant.graph import NodeInfo, TensorType, info, set_info
+from fxquant.layers import find_layers, other_uses, swaps_matrix
 from fxquant.program import Pass, Program
 from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch, get_attrs
 
@@ -25,6 +26,10 @@ def normalize(program: Program, settings: Mapping[str, Any]) -> Log:
             fill_arguments(node)
     log = apply_rules(program.gm, RULES)
     settle_constants(program.gm.graph)
+    for node, layer in other_uses(find_layers(program.gm)):
+        log.declined(
+            "find_layers", node, f"it uses {layer.target} of layer {layer.name!r} and is no layer: a float copy stays"
+        )
     return log
 
 
@@ -71,20 +76,64 @@ def linear_from_product(match: Match) -> fx.Node | Decline:
     return match.call(aten.linear.default, match["x"], _transposed(match, match["w"]), match.captured.get("b"))
 
 
+def linear_from_swapped_product(match: Match) -> fx.Node | Decline:
+    return match.call(aten.linear.default, match["x"], match["w"].args[0], match.captured.get("b"))
+
+
+def product_from_einsum(match: Match) -> fx.Node | Decline:
+    """``einsum('bi,oi->bo', x, w)`` as linear, ``einsum('ebi,eio->ebo', x, w)`` as bmm, with the weight either way.
+
+    einsum runs a bmm, whose kernel for fewer than 400 products rounds in another order than linear's.
+    """
+    terms, _, out = match["equation"].replace(" ", "").partition("->")
+    left, _, right = terms.partition(",")
+    x, w = match["operands"]
+    size, experts = _value(match, w).numel(), right[:-2]
+    known = out == left[:-1] + out[-1:] and out[-1:] not in left and left.startswith(experts) and len(left) > 1
+    swapped = right == experts + out[-1:] + left[-1:]
+    if not known or not (swapped or right == experts + left[-1:] + out[-1:]) or (experts and len(left) != 3):
+        return Decline(f"einsum {match['equation']!r} is neither 'bi,oi->bo' nor 'ebi,eio->ebo'; write it as a linear")
+    if experts:
+        return match.call(aten.bmm.default, x, _transposed(match, w) if swapped else w)
+    if size < 400:
+        return Decline(f"a weight of {size} values is rounded in another order by einsum than by linear")
+    return match.call(aten.linear.default, x, w if swapped else _transposed(match, w), None)
+
+
 def _transposed(match: Match, weight: fx.Node) -> fx.Node:
-    """``weight^T`` as a view: F.linear transposes it back, so the same matrix product runs."""
-    new = match.call(aten.permute.default, weight, [1, 0])
-    value = fetch(match.gm, str(weight.target))
-    set_info(new, NodeInfo(TensorType(value.dtype, (value.shape[1], value.shape[0])), info(match.node).path))
+    """``weight`` with its last two dimensions swapped, as a view: F.linear swaps them back; the same product runs."""
+    value = _value(match, weight)
+    swap = (aten.permute.default, [1, 0]) if value.dim() == 2 else (aten.transpose.int, 1, 2)
+    new = match.call(swap[0], weight, *swap[1:])
+    set_info(new, NodeInfo(TensorType(value.dtype, tuple(value.transpose(-1, -2).shape)), info(match.node).path))
     return new
 
 
+def _value(match: Match, constant: fx.Node) -> torch.Tensor:
+    return fetch(match.gm, str(constant.target))
+
+
 def _constant_matrix(match: Match) -> bool:
+    return _is_constant(match, match["w"], 2) and _has_bias(match)
+
+
+def _swapped_matrix(match: Match) -> bool:
     w = match["w"]
-    if not (isinstance(w, fx.Node) and w.op == "get_attr" and fetch(match.gm, str(w.target)).dim() == 2):
-        return False
-    b = match.captured.get("b")
-    return b is None or (isinstance(b, fx.Node) and b.op == "get_attr" and fetch(match.gm, str(b.target)).dim() == 1)
+    swap = isinstance(w, fx.Node) and w.op == "call_function" and swaps_matrix(w)
+    return swap and _is_constant(match, w.args[0], 2) and _has_bias(match)
+
+
+def _constant_operand(match: Match) -> bool:
+    operands = match["operands"]
+    return len(operands) == 2 and any(_is_constant(match, operands[1], rank) for rank in (2, 3))
+
+
+def _has_bias(match: Match) -> bool:
+    return "b" not in match.captured or _is_constant(match, match["b"], 1)
+
+
+def _is_constant(match: Match, value: Any, rank: int) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr" and _value(match, value).dim() == rank
 
 
 _x, _w, _b = Var("x"), Var("w"), Var("b")
@@ -99,6 +148,12 @@ RULES = (
          linear_from_product, where=_constant_matrix),  # b + x W -> linear(x, W^T, b)
     Rule(Call((aten.mm.default, aten.matmul.default), _x, _w),
          linear_from_product, where=_constant_matrix),  # x W -> linear(x, W^T)
+    Rule(Call(aten.addmm.default, _b, _x, _w),
+         linear_from_swapped_product, where=_swapped_matrix),  # b + x W^T -> linear(x, W, b)
+    Rule(Call((aten.mm.default, aten.matmul.default), _x, _w),
+         linear_from_swapped_product, where=_swapped_matrix),  # x W^T -> linear(x, W)
+    Rule(Call(aten.einsum.default, Var("equation"), Var("operands")),
+         product_from_einsum, where=_constant_operand),  # einsum("bi,oi->bo", x, W) -> linear(x, W)
 )  # fmt: skip
 
 NORMALIZE = Pass(

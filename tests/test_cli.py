@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -158,12 +160,44 @@ def test_formats() -> None:
     assert "unknown format 'e9m9'" in run("formats", "e9m9", code=1).stderr
 
 
+def test_formats_lists_kinds_and_presets() -> None:
+    shown = run("formats").stdout
+    for word in (
+        "power of two, for scales",
+        "codebook",
+        "nvfp4",
+        "e2m1/group16:e4m3",
+        "under one float32 scale a tensor",
+    ):
+        assert word in shown
+    assert " 0.0795803     0.0795803" not in shown  # a codebook has no normal numbers
+
+
+def test_a_format_is_drawn(tmp_path: Path) -> None:
+    lines = run("formats", "E3M2").stdout.splitlines()
+    ticks, below = next((a, b) for a, b in itertools.pairwise(lines) if a.startswith("|."))
+    assert len(ticks) == len(below) == 96
+    assert ticks == ticks[::-1]
+    assert below.split() == ["-28", "0", "28"]
+    run("formats", "e2m1", "--svg", tmp_path / "grid.svg")
+    page = ElementTree.parse(tmp_path / "grid.svg").getroot()
+    titles = [float(t.text or "") for t in page.iter("{http://www.w3.org/2000/svg}title")]
+    assert titles == sorted(set(parse_format("e2m1").table().tolist()))
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.svg"]
+    assert "cannot write" in run("formats", "e2m1", "--svg", tmp_path / "no" / "grid.svg", code=1).stderr
+    run("formats", "--svg", tmp_path / "all.svg", code=2)
+
+
 @pytest.mark.parametrize("name", COMMON)
 def test_every_common_format_can_be_shown(name: str) -> None:
     format = parse_format(name)
     columns, rows = grid.code_table(format)
     assert sum(len(row) for row in rows) == 3 * 2**format.bits
     assert all(len(row) == len(columns) for row in rows)
+    ticks, below = grid.plot(format).splitlines()
+    assert len(ticks) == len(below) == grid.WIDTH
+    assert (ticks[0], ticks[-1]) != (".", ".")
+    ElementTree.fromstring(grid.svg(format))
     assert json.loads(json.dumps(grid.codes(format), allow_nan=False)) == grid.codes(format)
 
 

@@ -65,6 +65,50 @@ def test_mistakes_are_named(config: object, message: str) -> None:
         load_config(config)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"match": "*", "weight": "e3m22"},
+        {"match": "*"},
+        {"match": "*", "weight": {"format": "e3m2", "group": 64}},
+        {"match": "*", "weight": {"format": "e3m22"}},
+        {"match": "*", "weight": 5},
+    ],
+)
+def test_one_mistake_is_one_line(rule: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"rules": [rule, {"match": "*", "keep": True}]})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_every_mistake_has_its_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"rules": [{"match": "", "weight": "e3m22"}], "pass": []})
+    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == [
+        " rules.0.match", " rules.0.weight", " unknown key 'pass' (did you mean 'passes'?); expected rules, passes",
+    ]  # fmt: skip
+
+
+def test_a_config_made_by_hand_raises_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r"config: rules\.0\.weight: unknown format 'e9'"):
+        Config(rules=[{"match": "*", "weight": "e9"}])
+    with pytest.raises(ConfigError, match="unknown pass 'gptq'"):
+        Config(**SHORT, passes=["gptq"])
+
+
+@pytest.mark.parametrize(
+    ("long", "short"),
+    [
+        ({"format": "E2M1", "granularity": "Group64", "scale": "FP16"}, "e2m1/group64:FP16"),
+        ({"format": "e2m1", "granularity": "group32", "scale": "e8m0.ceil"}, "e2m1/group32:e8m0.ceil"),
+        ({"format": "fp6"}, "fp6"),
+    ],
+)
+def test_the_long_form_reads_what_the_short_form_reads(long: dict[str, str], short: str) -> None:
+    rules = [load_config({"rules": [{"match": "*", "weight": w}]}).layer_rules() for w in (long, short)]
+    assert rules[0] == rules[1]
+
+
 @pytest.mark.parametrize(("name", "text"), [("a.yaml", "rules: ["), ("a.json", "{"), ("a.toml", "="), ("a.yaml", "- 1"),
                                             ("a.yaml", "!!python/object/apply:os.system ['true']")])  # fmt: skip
 def test_files_that_are_no_config(tmp_path: Path, name: str, text: str) -> None:

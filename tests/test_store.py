@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxquant import store
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
+from fxquant.encoding import MalformedError, path
 from fxquant.errors import SaveError
 from fxquant.graph import info
 from fxquant.passes.insert_qdq import INSERT_QDQ
@@ -52,7 +53,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = torch.relu(self.norm(self.conv(x))).masked_fill(x[:, :1] > 1e9, -float("inf"))
         y = self.head(y.clamp(min=-1).mean((2, 3)))
-        return {"logits": y, "more": [y @ self.mix.t(), (y.to(torch.float64),)]}
+        return {"logits": y, "more": [(y.unsqueeze(1) * self.mix).sum(-1), (y.to(torch.float64),)]}
 
 
 class Lm(nn.Module):
@@ -85,7 +86,10 @@ def captured(model: type[nn.Module]) -> Program:
 
 def quantized(model: type[nn.Module], spec: str, *, lowered: bool) -> Program:
     program = copy.deepcopy(captured(model))
-    rules = (LayerRule("*", parse_spec(spec), types=("linear", "conv", "embedding")),)
+    rules = (
+        LayerRule("mix", keep=True),
+        LayerRule("*", parse_spec(spec), types=("linear", "conv", "embedding")),
+    )
     stages = [Stage(NORMALIZE), Stage(INSERT_QDQ, {"rules": rules}), Stage(REMOVE_DEAD)]
     return run(program, stages + [Stage(LOWER), Stage(REMOVE_DEAD)] * lowered, check=lambda gm: None)
 
@@ -272,3 +276,59 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match="config"):
         save(net()[0], tmp_path / "m", config={"spec": object()})
     assert os.listdir(tmp_path) == []
+
+
+class Named(nn.Module):
+    """Modules whose names are no ASCII identifiers, and an output with numbers as keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weiß = nn.Linear(8, 8)
+        self.add_module("a b", nn.Linear(8, 8))
+        self.add_module("0", nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> dict[int | str, Any]:
+        y = getattr(self, "0")(getattr(self, "a b")(self.weiß(x)))
+        return {3: y, 1: [y + 1], "last": {0: y - 1}}
+
+
+def test_names_of_any_language_and_keys_that_are_numbers_come_back(tmp_path: Path) -> None:
+    import fxquant
+
+    x = torch.randn(2, 8)
+    compiled = fxquant.compile(Named(), (x,))
+    compiled.save(tmp_path / "m")
+    loaded = fxquant.load(tmp_path / "m")
+    got, want = loaded(x), compiled(x)
+    assert same(got, want)
+    assert (list(got), list(got["last"])) == ([3, 1, "last"], [0])
+    assert {q.name for q in loaded.summary().quantized} == {"weiß", "a b", "0"}
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "a b", "weiß", "größe-2", "日本", "x" * 256])
+def test_names_that_generated_code_can_name(name: str) -> None:
+    assert path(f"block.{name}" if name else "block", "it").startswith("block")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "a..b",
+        'a"b',
+        "a'b",
+        "a\\b",
+        "a\nb",
+        "a\tb",
+        "ﬁ",
+        "ｃlass",
+        "class",
+        "__class__",
+        "\udc80",
+        "x" * 257,
+        "../a",
+    ],
+)
+def test_names_that_generated_code_cannot_name(name: str) -> None:
+    with pytest.raises(MalformedError, match="tensor name"):
+        path(name, "it")

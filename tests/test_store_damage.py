@@ -78,6 +78,15 @@ def deep(depth: int) -> Any:
     return value
 
 
+def weight(key: str, value: Any) -> Change:
+    """The document with one figure of a quantized weight replaced."""
+
+    def change(found: Any) -> None:
+        next(n for n in found["nodes"] if "weight" in n.get("info", {}))["info"]["weight"][key] = value
+
+    return change
+
+
 BIG = 2**62
 HOSTILE: dict[str, tuple[Change, str]] = {
     "os.system": (node("relu", target="os.system"), r"'os\.system' is not one"),
@@ -165,6 +174,32 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "long spec": (argument("linear", 5, "int" + "9" * 5000), "at most 4096 characters"),
     "weight not constant": (argument("linear", 1, {"node": "relu"}), "not a tensor of the model"),
     "weight info": (at("nodes", -2, "info", to={"weight": {}}), "has no 'weight'"),
+    "None for a tensor": (argument("relu", 0, None), "takes Tensor as 'self', got 'None'"),
+    "text for a tensor": (argument("relu", 0, "x"), "takes Tensor as 'self', got 'x'"),
+    "list for a tensor": (argument("relu", 0, [{"node": "x"}]), "takes Tensor as 'self'"),
+    "dtype for a tensor": (argument("relu", 0, {"dtype": "float32"}), "takes Tensor as 'self'"),
+    "text for a number": (argument("masked_fill", 2, "x"), "as 'value', got 'x'"),
+    "tensor for a size": (argument("mean", 1, {"node": "x"}), "as 'dim', got 'x'"),
+    "None in a list": (argument("mean", 1, [2, None]), "as 'dim'"),
+    "number for a dtype": (argument("to", 1, 1), "as 'dtype', got '1'"),
+    "number for a spec": (argument("linear", 5, 3), "as 'spec', got '3'"),
+    "text for a bias": (argument("linear", 4, "x"), "as 'bias', got 'x'"),
+    "three strides": (argument("conv2d", 7, [1, 1, 1]), "its stride is .*expected two sizes of at least 1"),
+    "stride of 0": (argument("conv2d", 7, [0, 1]), "its stride is"),
+    "negative padding": (argument("conv2d", 8, [-1, 1]), "its padding is"),
+    "no groups": (argument("conv2d", 10, 0), "its groups are 0"),
+    "operand by name": (node("relu", args=[], kwargs={"self": {"node": "x"}}), "missing its argument 'self'"),
+    "nested output": (at("nodes", -1, "args", 0, "tuple", 0, to=[{"node": "x"}]), "output 0 is .*expected one value"),
+    "output too many": (lambda d: d["nodes"][-1]["args"][0]["tuple"].append(1), r"holds the outputs .*the graph gives"),
+    "output twice": (at("signature", "output", "items", 1, "items", 0, to=0), "holds the outputs"),
+    "output left out": (at("signature", "output", to=0), "holds the outputs"),
+    "output key": (at("signature", "output", "keys", to=[1.5, "a"]), "a key of the output"),
+    "no float bytes": (weight("float_nbytes", 0), "whole number from 1"),
+    "negative bytes": (weight("nbytes", -1), "whole number from 0"),
+    "negative error": (weight("error", -0.5), "is -0.5; expected a finite number, at least 0"),
+    "endless error": (weight("error", {"float": "inf"}), "is inf; expected a finite number"),
+    "error of nothing": (weight("error", {"float": "nan"}), "is nan; expected a finite number"),
+    "endless time": (at("trace", "steps", 0, "seconds", to={"float": "inf"}), "the time of step.*finite"),
     "trace line": (at("trace", "steps", 0, "text", to=[10**6]), "a line of step"),
     "trace blow-up": (lambda d: d["trace"].update(lines=["x" * 10**6], steps=[
         {**s, "text": [0] * 400} for s in d["trace"]["steps"]]), "more than"),

@@ -45,7 +45,7 @@ def print_layers(summary: Summary) -> None:
         error = "" if q.error is None else percent(q.error)
         note = q.reason or (f"tied to {q.tied_to}" if q.tied_to else "")
         shape = "x".join(map(str, q.shape))
-        rows.append((q.name, q.type, q.spec or "float", shape, size(q.bytes_before), size(q.bytes_after), error, note))
+        rows.append((q.name, q.type, q.format, shape, size(q.bytes_before), size(q.bytes_after), error, note))
     columns = ("layer", "type", "weight", "shape", "before", "after", "error", "note")
     print_table(columns, rows, right=("shape", "before", "after", "error"))
 

@@ -45,7 +45,7 @@ def report(
     environment.globals.update(plural=plural, ratio=ratio)
     page = environment.get_template("report.html.j2").render(_context(program, title, config))
     if path is not None:
-        _write(Path(path), page)
+        write_page(Path(path), page)
     return page
 
 
@@ -53,7 +53,7 @@ def _source(name: str) -> str:
     return resources.files("fxquant.show").joinpath(name).read_text(encoding="utf-8")
 
 
-def _write(path: Path, page: str) -> None:
+def write_page(path: Path, page: str) -> None:
     """Write ``page`` under a temporary name next to ``path``, then move it there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -61,9 +61,7 @@ def _write(path: Path, page: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise SaveError(
-            f"cannot write the report {path}: {error.strerror}; give a file in a folder that exists"
-        ) from error
+        raise SaveError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from error
 
 
 # --- what the template shows -----------------------------------------------------------------------------------------
@@ -74,7 +72,11 @@ def _context(program: Program, title: str, config: Any) -> dict[str, Any]:
         "config": config if isinstance(config, str) else json.dumps(config, indent=2, default=str) if config else "",
         "s": summary,
         "inputs": [(i.name, str(i.type)) for i in program.signature.inputs],
-        "specs": [(spec, describe_spec(spec)) for spec in dict.fromkeys(q.spec for q in summary.quantized) if spec],
+        "specs": [
+            (spec, describe_spec(spec))
+            for spec in dict.fromkeys(s for q in summary.layers for s in (q.spec, q.activation))
+            if spec
+        ],
         "reasons": _reasons(summary),
         "max_error": max((_finite(q.error) for q in summary.layers), default=0.0),
         "max_seconds": max((step.seconds for step in summary.steps), default=0.0),

@@ -31,7 +31,7 @@ _LAYER_OPS: dict[Any, str] = {
     ops.embedding_wq.default: "embedding",
 }
 _DEQUANTIZE = (ops.dequantize.default, ops.dequantize_packed.default)
-_STORED = ("codes", "packed", "scale", "zero_point")
+_STORED = ("codes", "packed", "scale", "zero_point", "tensor_scale")
 _VIEWS = (
     aten.to.dtype, aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.index.Tensor,
     aten.index_select.default,
@@ -44,7 +44,8 @@ class LayerSummary:
     """One layer: what its weight became, or in ``reason`` why it stayed in float (``spec`` None).
 
     ``bits`` are the bits of a stored code or float. ``bytes_after`` includes scales and zero points. ``error`` is
-    ||W - W'|| / ||W||. ``tied_to`` names the layer that the same stored weight is counted under.
+    ||W - W'|| / ||W||. ``tied_to`` names the layer that the same stored weight is counted under. ``activation`` is the
+    spec that the layer's input is rounded to, None where it stays as it is.
     """
 
     name: str
@@ -62,6 +63,12 @@ class LayerSummary:
     reason: str | None = None
     tied_to: str | None = None
     source: str = ""
+    activation: str | None = None
+
+    @property
+    def format(self) -> str:
+        """``e4m3/channel, inputs e4m3/token``; ``float`` for a weight in float."""
+        return (self.spec or "float") + (f", inputs {self.activation}" if self.activation else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +249,7 @@ def _quantized(use: _Use, name: str, tied_to: str | None) -> LayerSummary:
     return LayerSummary(
         name, use.layer.name, use.type, about.module, quant.weight, use.shape, quant.spec.format.bits,
         quant.float_nbytes, quant.nbytes, str(quant.spec), quant.method, quant.error, None, tied_to, about.source,
+        _activation(use.layer),
     )  # fmt: skip
 
 
@@ -251,7 +259,15 @@ def _in_float(layer: Layer, reasons: dict[str, str], tied_to: str | None) -> Lay
     return LayerSummary(
         layer.name, layer.node.name, layer.type, about.module, layer.target, tuple(weight.shape), weight.itemsize * 8,
         weight.nbytes, weight.nbytes, reason=reason, tied_to=tied_to, source=about.source,
+        activation=_activation(layer.node),
     )  # fmt: skip
+
+
+def _activation(layer: fx.Node) -> str | None:
+    """The spec that the layer's input is rounded to."""
+    first = layer.args[0] if layer.args else None
+    rounded = isinstance(first, fx.Node) and first.target is ops.fake_quantize_dynamic.default
+    return str(first.args[1]) if rounded else None  # type: ignore[union-attr]
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -283,8 +299,8 @@ def ratio(before: int, after: int) -> str:
 
 def _formats(s: Summary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("spec", "method", "layers", "size", "error mean", "error max")]
-    for key in dict.fromkeys((q.spec, q.method) for q in s.quantized):
-        members = [q for q in s.quantized if (q.spec, q.method) == key]
+    for key in dict.fromkeys((q.format, q.method) for q in s.quantized):
+        members = [q for q in s.quantized if (q.format, q.method) == key]
         errors = [q.error for q in members if q.error is not None and math.isfinite(q.error)] or [0.0]
         stored = sum(q.bytes_after for q in members if not q.tied_to)
         mean = percent(sum(errors) / len(errors))

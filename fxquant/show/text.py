@@ -101,7 +101,7 @@ def _listing(glob: str, layers: list[LayerSummary]) -> str:
     rows = [("layer", "weight", "size", "error", "")]
     for q in layers:
         error = "" if q.error is None else percent(q.error)
-        rows.append((q.name, q.spec or "float", size(q.bytes_after), error, q.reason or ""))
+        rows.append((q.name, q.format, size(q.bytes_after), error, q.reason or ""))
     return "\n".join([f"{plural(len(layers), 'layer')} match {glob!r}", *table(rows)])
 
 
@@ -139,7 +139,7 @@ class Stories:
 
 
 _LINE = re.compile(r"%(?P<node>\S+) (?:: .*?)?= (?P<value>.*?)(?:  # (?P<path>\S+))?")
-_STORED = re.compile(r"_(codes|packed|scale|zero_point)$")
+_STORED = re.compile(r"(_t)?_(codes|packed|scale(_codes)?|zero_point|tensor_scale)(_\d+)?$")
 
 
 def _index(text: str) -> dict[str, list[tuple[int, str]]]:
@@ -176,6 +176,8 @@ def _facts(layer: LayerSummary) -> Iterator[str]:
         rows += [("format", f"{layer.spec}: {describe_spec(layer.spec)}"), ("method", layer.method or "")]
         change = f"{size(layer.bytes_before)} -> {size(layer.bytes_after)}"
         rows.append(("size", f"{change} ({ratio(layer.bytes_before, layer.bytes_after)}), scales included"))
+    if layer.activation is not None:
+        rows.append(("inputs", f"rounded to {layer.activation}: {describe_spec(layer.activation)}"))
     if layer.error is not None:
         rows.append(("error", f"{percent(layer.error)} of the weight's norm"))
     if layer.tied_to:

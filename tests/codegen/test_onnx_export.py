@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -353,3 +354,77 @@ def test_minilm(tmp_path: Path) -> None:
     for batch, length in ((1, 1), (3, 37), (3, 512)):
         given = {"input_ids": tokens(batch, length, 30000), "attention_mask": padded(batch, length)}
         assert difference(program, session, **given) < 1e-4
+
+
+# --- dtypes, outputs that are no tensors, mixtures of experts --------------------------------------------------------
+@pytest.mark.parametrize(("model", "shape"), [(Mlp(), (3, 22)), (Cnn(), (2, 3, 12, 12)), (Vit(), (2, 3, 8, 8))])
+def test_float16_runs(model: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    x = torch.randn(shape).half()
+    program = compiled(copy.deepcopy(model).half(), (x,))
+    assert difference(program, exported(program, tmp_path / "m.onnx"), x) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("model", "shape"), [(Mlp(), (3, 22)), (Cnn(), (2, 3, 12, 12))])
+def test_dtypes_without_kernels_are_refused(
+    dtype: torch.dtype, model: nn.Module, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    program = compiled(copy.deepcopy(model).to(dtype), (torch.randn(shape, dtype=dtype),))
+    with pytest.raises(
+        ExportError, match=r"onnxruntime has no (bfloat16|float64) .*convert the model with model.float"
+    ):
+        export_onnx(program, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Mixed(nn.Module):
+    """Outputs that are constants of the structure stand among tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[Any, Any]:
+        return {"none": None, "y": self.line(x), "kind": "linear", 3: [self.line(x) + 1, None], "n": 2}
+
+
+def test_outputs_that_are_no_tensors_are_left_out(tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    program = compiled(Mixed(), (x,))
+    session = exported(program, tmp_path / "m.onnx")
+    assert [o.name for o in session.get_outputs()] == ["y", "3", "n"]
+    y, plus, n = session.run(None, {"x": x.numpy()})
+    want = program(x)
+    assert np.allclose(y, want["y"].detach(), atol=1e-6)
+    assert np.allclose(plus, want[3][0].detach(), atol=1e-6)
+    assert n == 2
+
+
+def test_a_model_that_returns_no_tensor_is_refused(tmp_path: Path) -> None:
+    program = compiled(Mixed(), (torch.randn(2, 8),))
+    node = program.gm.graph.output_node()
+    node.args = (tuple(None for _ in node.args[0]),)
+    with pytest.raises(ExportError, match="returns no tensor"):
+        export_onnx(program, tmp_path / "m.onnx")
+
+
+def test_arguments_that_fit_no_call_are_an_export_error(tmp_path: Path) -> None:
+    program = compiled(Cnn(), (torch.randn(2, 3, 12, 12),))
+    node = next(n for n in program.gm.graph.nodes if "max_pool2d" in str(n.target))
+    node.args = (node.args[0], None, *node.args[2:])
+    with pytest.raises(ExportError, match=r"node 'max_pool2d'.*arguments that fit no call"):
+        export_onnx(program, tmp_path / "m.onnx")
+
+
+def test_a_mixture_of_experts_runs_for_other_lengths(tmp_path: Path) -> None:
+    hf = pytest.importorskip("transformers")
+    config = hf.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=4,
+    )  # fmt: skip
+    ids = torch.arange(24).reshape(2, 12)
+    program = compiled(hf.MixtralForCausalLM(config), {"input_ids": ids})
+    session = exported(program, tmp_path / "m.onnx")
+    for tokens in (ids, ids[:, :5].flip(1), ids[:1] % 3):
+        want = program(input_ids=tokens)["logits"].detach().numpy()
+        assert np.abs(session.run(["logits"], {"input_ids": tokens.numpy()})[0] - want).max() < 1e-5

@@ -187,6 +187,8 @@ SHAPES: list[Case] = [
     ("sizes", lambda x: x * (x.shape[0] // 2 + x.shape[0] % 2) + x.shape[0] ** 2 - max(x.shape[0], 4), (X,)),
 ]
 REDUCTIONS: list[Case] = [
+    ("histc", lambda a: torch.histc(a, 6, 0, 5), (INTS.float(),)),
+    ("histc within", lambda a: torch.histc(a, bins=4, min=-1, max=1.5), (X,)),
     ("along", lambda x: (x.sum(1), x.mean((0, 1), keepdim=True), x.amax(-1), x.amin(0), x.prod(1), x.std(1)), (X,)),
     ("of integers", lambda i, b: (i.sum(), b.sum(1), b.any(1), b.all(0), i.max(), i.min(), i.amax(0)), (INTS, BITS)),
     ("max dim", lambda x, i: (*x.max(1), *i.min(0, keepdim=True), x.argmax(1, keepdim=True), i.argmin(0)), (X, INTS)),

@@ -13,7 +13,9 @@ from tiny_models import Tied, mlp
 import fxquant
 from fxquant.errors import ConfigError, FxquantError
 from fxquant.program import Program
+from fxquant.rewrite import tensors
 from fxquant.show.compare import compare
+from fxquant.show.html import report
 from fxquant.show.text import describe_spec, diff, explain
 
 RULES = {"rules": [{"match": "up", "keep": True}, {"match": "*", "weight": "e3m2/channel"}]}
@@ -139,3 +141,38 @@ def test_specs_in_words() -> None:
     assert describe_spec("uint4/tensor") == (
         "4-bit integer, values up to 15, one float32 scale and zero point for the whole weight"
     )
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("mxfp4", "4-bit float, values up to 6, one e8m0 scale for every 32 weights of a row"),
+        ("nvfp4", "one e4m3 scale for every 16 weights of a row, under one float32 scale a tensor"),
+        ("e4m3/token", "8-bit float, values up to 448, one float32 scale per token"),
+        ("e2m1/group32:m2", "one e8m0 scale for every 32 weights of a row, under one float32 scale a row"),
+    ],
+)
+def test_specs_with_stored_scales_in_words(spec: str, words: str) -> None:
+    assert words in describe_spec(spec)
+
+
+@pytest.mark.parametrize("recipe", ["MXFP4", "NVFP4"])
+def test_explain_shows_stored_scales_of_the_layer(recipe: str) -> None:
+    compiled = fxquant.compile(mlp(), (torch.randn(2, 20),), config=recipe)
+    story = compiled.explain("0")
+    assert "0.weight_scale_codes" in story
+    assert ("0.weight_tensor_scale" in story) == (recipe == "NVFP4")
+    assert compiled.summary().bytes_after == sum(t.nbytes for t in tensors(compiled.program.gm).values())
+
+
+def test_rounded_inputs_are_told() -> None:
+    compiled = fxquant.compile(mlp(), (torch.randn(2, 20),), config="W8A8-FP8")
+    assert "inputs  rounded to e4m3/token: 8-bit float, values up to 448, one float32 scale per token" in (
+        compiled.explain("0")
+    )
+    assert "e4m3/channel, inputs e4m3/token" in compiled.explain("*")
+    assert "e4m3/channel, inputs e4m3/token" in str(compiled.summary())
+    assert {q.activation for q in compiled.summary().layers} == {"e4m3/token"}
+    page = report(compiled.program)
+    assert page.count('<span class="tag">e4m3/token</span>') >= 2
+    assert "one float32 scale per token" in page
