@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_models import Convolutions, Tied, mlp
 from torch import nn
@@ -23,6 +24,26 @@ def test_linears_see_rounded_inputs() -> None:
         hidden = nn.functional.gelu(nn.functional.linear(fake_quantize_dynamic(x, spec), first, model[0].bias))
         want = nn.functional.linear(fake_quantize_dynamic(hidden, spec), second, model[2].bias)
     assert torch.allclose(compiled(x), want, rtol=1e-6, atol=1e-6)
+
+
+def test_equals_float8_rounding_written_into_the_float_model() -> None:
+    """Bit for bit what torch.float8_e4m3fn gives, put into a Hugging Face model with hooks."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, tie_word_embeddings=True, use_cache=False, **sizes)
+    model, tokens = transformers.LlamaForCausalLM(config).eval(), torch.randint(0, 64, (2, 9))
+    compiled = fxquant.compile(model, {"input_ids": tokens}, W8A8)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 448
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            module.weight.data = rounded(module.weight.data)
+            module.register_forward_pre_hook(lambda _, args: (rounded(args[0]),))
+    with torch.no_grad():
+        assert torch.equal(compiled(tokens).logits, model(tokens).logits)
 
 
 class Fork(nn.Module):
