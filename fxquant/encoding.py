@@ -273,6 +273,7 @@ def encode_info(value: NodeInfo) -> Json:
         "weight": None if weight is None else {
             "weight": weight.weight, "spec": str(weight.spec), "method": weight.method,
             "error": encode_value(float(weight.error)), "nbytes": weight.nbytes, "float_nbytes": weight.float_nbytes,
+            **({"transposed": True} if weight.transposed else {}),
         },
     }  # fmt: skip
     return {k: v for k, v in found.items() if v not in (None, "")}
@@ -291,7 +292,7 @@ def decode_info(value: Json, where: str) -> NodeInfo:
 
 
 def _decode_weight(value: Json, where: str) -> WeightQuant:
-    found = fields(value, where, ["weight", "spec", "method", "error", "nbytes", "float_nbytes"])
+    found = fields(value, where, ["weight", "spec", "method", "error", "nbytes", "float_nbytes"], ["transposed"])
     return WeightQuant(
         weight=path(found["weight"], where),
         spec=decode_spec(found["spec"], where),
@@ -299,6 +300,7 @@ def _decode_weight(value: Json, where: str) -> WeightQuant:
         error=decode_number(found["error"], f"the error of {where}"),
         nbytes=whole(found["nbytes"], f"the size of {where}", 0),
         float_nbytes=whole(found["float_nbytes"], f"the size of {where}", 0),
+        transposed=found.get("transposed") is True,
     )
 
 

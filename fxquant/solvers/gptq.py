@@ -6,7 +6,7 @@
     U    : upper triangular, U^T U = (H + damping mean(diag H) I)^-1
     for column j:  w'_j = nearest(w_j);  e = (w_j - w'_j) / U_jj;  w_k -= e U_jk for every k > j
 
-Frantar et al., GPTQ (2210.17323), section 3; the columns in order of falling H_jj ("act_order") as in its released code.
+Frantar et al., GPTQ (2210.17323), section 3; columns in order of falling H_jj ("act_order") as in its released code.
 Any spec goes: scales come from ``fxquant.scales``, codes from the format's own grid, saturating. Two things differ from
 the released code: a column whose input was always zero is rounded to nearest instead of being set to 0, and scales
 "from the up-to-date columns" hold the updates of the current block too.

@@ -135,7 +135,7 @@ def test_group_scales_follow_the_updated_columns_without_act_order() -> None:
     assert torch.allclose(q.scale[:, 1:2], choose(now[:, 16:32], spec).scale, rtol=1e-6)
 
 
-# --- matrices H that are hard ------------------------------------------------------------------------------------------
+# --- matrices H that are hard -----------------------------------------------------------------------------------------
 def test_the_factor_is_the_inverse_of_the_damped_matrix() -> None:
     _, H = problem()
     U, damping = inverse_factor(H, 0.01)
