@@ -1,7 +1,7 @@
 """Calibration: what the layers of a graph are given, collected in one walk over the data.
 
 The graph is walked node by node, each node for all batches before the next one. So when a layer is reached, the inputs
-of every batch are there: its statistics are complete, its weight may be replaced, and what follows sees the new weight.
+of every batch are there: its statistics are complete, its weight may be replaced, and what follows sees the new one.
 Inputs from the quantized prefix cost one pass over the data this way, not one a layer. What is kept is the values that a
 later layer needs, of all batches; weights are decoded when they are used.
 """

@@ -39,7 +39,7 @@ def float_weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:
 
 
 def replace_weight(gm: fx.GraphModule, node: fx.Node, q: QuantizedTensor, method: str) -> None:
-    """Write the codes and scales of ``q``, of the same spec, over those the node reads, and say which method made it."""
+    """Write the codes and scales of ``q``, of the same spec, over those the node reads; ``method`` made them."""
     operands = (*node.args[:3], node.kwargs.get("tensor_scale"))
     for operand, part in zip(operands, PARTS, strict=True):
         if isinstance(operand, fx.Node):
