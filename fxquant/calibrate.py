@@ -1,9 +1,9 @@
 """Calibration: what the layers of a graph are given, collected in one walk over the data.
 
-The graph is walked node by node, each node for all batches before the next one. So when a layer is reached, the inputs
-of every batch are there: its statistics are complete, its weight may be replaced, and what follows sees the new one.
-Inputs from the quantized prefix cost one pass over the data this way, not one a layer. What is kept is the values that a
-later layer needs, of all batches; weights are decoded when they are used.
+The graph is walked node by node, each node for all batches before the next one. So when a layer is reached, its inputs
+of every batch are there: the statistics are complete, its weight may be replaced, and what follows sees the new one.
+Inputs from the quantized prefix cost one pass over the data this way, not one a layer. What is kept is the values that
+a later layer needs, of all batches; weights are decoded when they are used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fxquant.qdq import float_weight
 from fxquant.rewrite import aten, fetch
 from fxquant.signature import Signature, as_call
 
+Weights = Literal["quantized", "float"]
 Batch = list[Tensor]
 """The inputs of one call of a graph, in its order."""
 Calibration = Iterable[Any]
@@ -87,7 +88,7 @@ Reached = Callable[[fx.Node, Statistics], None]
 
 def walk(
     gm: fx.GraphModule, batches: Sequence[Batch], layers: Sequence[fx.Node], reached: Reached, *,
-    weights: Literal["quantized", "float"] = "quantized", progress: Progress = quiet, what: str = "calibrate",
+    weights: Weights = "quantized", progress: Progress = quiet, what: str = "calibrate",
 ) -> Usage:  # fmt: skip
     """Call ``reached(layer, statistics)`` for every layer, in graph order, each just before it is computed.
 
@@ -159,7 +160,7 @@ class _Walk:
         def value(n: fx.Node) -> Any:
             return fixed[n] if n in fixed else self.values[n][batch]
 
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)  # type: ignore[misc]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 

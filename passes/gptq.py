@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from fxquant.calibrate import Statistics, Usage, walk, why_not
+from fxquant.calibrate import Statistics, Usage, Weights, walk, why_not
 from fxquant.errors import CalibrationError
 from fxquant.graph import info
 from fxquant.program import Pass, Program, quiet
@@ -48,7 +48,7 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
         replace_weight(gm, node, replace(found.quantized, shape=tuple(value.shape)), RULE)
         log.rewrote(RULE, layer, f"{spec}, {_change(found)}")
 
-    weights = "quantized" if settings.get("sequential", True) else "float"
+    weights: Weights = "quantized" if settings.get("sequential", True) else "float"
     progress, batches = settings.get("progress", quiet), settings["calibration"]
     usage = walk(gm, batches, list(weight_of), reached, weights=weights, progress=progress, what=RULE)
     if short and len(short) == len(weight_of):

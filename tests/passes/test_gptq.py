@@ -162,7 +162,7 @@ class Broken(nn.Module):
 def test_nan_activations_name_the_layer_and_the_batch() -> None:
     data = [x.abs() for x in BATCHES]
     data[5] = -data[5]
-    with pytest.raises(CalibrationError, match="layer 'second': its input holds 320 NaN .* batch 5 of 8"):
+    with pytest.raises(CalibrationError, match=r"layer 'second': its input holds 320 NaN .* batch 5 of 8"):
         gptq(Broken().eval(), data)
 
 
