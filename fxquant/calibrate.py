@@ -9,7 +9,7 @@ a later layer needs, of all batches; weights are decoded when they are used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,10 +33,14 @@ Calibration = Iterable[Any]
 
 @dataclass(frozen=True)
 class Statistics:
-    """``hessian`` = 2/n sum of x x^T (float32 ``[cols, cols]``) over the ``rows`` n that a layer was given."""
+    """``hessian`` = 2/n sum of x x^T (float32 ``[cols, cols]``) over the ``rows`` n that a layer was given.
+
+    ``drift`` = 2/n sum of (x_float - x) x^T, where asked for: how far x is from what the float model's layer is given.
+    """
 
     hessian: Tensor
     rows: int
+    drift: Tensor | None = None
 
 
 @dataclass
@@ -88,15 +92,17 @@ Reached = Callable[[fx.Node, Statistics], None]
 
 def walk(
     gm: fx.GraphModule, batches: Sequence[Batch], layers: Sequence[fx.Node], reached: Reached, *,
-    weights: Weights = "quantized", progress: Progress = quiet, what: str = "calibrate",
+    weights: Weights = "quantized", drift: bool = False, progress: Progress = quiet, what: str = "calibrate",
 ) -> Usage:  # fmt: skip
     """Call ``reached(layer, statistics)`` for every layer, in graph order, each just before it is computed.
 
     ``layers`` are nodes that ``why_not`` has nothing against. ``reached`` may write new codes for the layer's weight.
     With ``weights="float"`` every layer is computed with its float weight, so that inputs are those of the float model.
+    ``drift`` walks both models side by side, for ``Statistics.drift``.
     CalibrationError where a layer's input holds NaN or Inf, naming the layer and the batch.
     """
     run = _Walk(gm, batches, weights)
+    beside = _Walk(gm, batches, "float") if drift else None
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     left = sorted(layers, key=order.__getitem__)
     needed, last_use = _needed(left, order)
@@ -107,13 +113,19 @@ def walk(
             key = _key(node)
             if key not in kept:
                 kept[key] = run.statistics(node, sum(s.hessian.nbytes for s in kept.values()))
+                if beside is not None:
+                    kept[key] = replace(kept[key], drift=run.drift(node, beside, kept[key].rows))
             left = left[1:]
             reached(node, kept[key])
             kept = {k: s for k, s in kept.items() if any(_key(n) == k for n in left)}
         if not left:
             break
-        run.step(node, [n for n in node.all_input_nodes if last_use.get(n) is node])
+        dead = [n for n in node.all_input_nodes if last_use.get(n) is node]
+        for each in (run, beside) if beside is not None else (run,):
+            each.step(node, dead)
     progress(what, total, total)
+    if beside is not None:
+        run.usage.peak_bytes += beside.usage.peak_bytes
     return run.usage
 
 
@@ -185,6 +197,13 @@ class _Walk:
         self.usage.rows = self.usage.rows or rows
         self.account(kept + total.nbytes)
         return Statistics(total.mul_(2 / max(rows, 1)), rows)
+
+    def drift(self, node: fx.Node, other: _Walk, rows: int) -> Tensor:
+        total: Any = 0
+        for x, y in zip(self.values[_input(node)], other.values[_input(node)], strict=True):
+            seen = columns(node, x).float()
+            total = total + (columns(node, y).float() - seen).t() @ seen
+        return total * (2 / max(rows, 1))  # type: ignore[no-any-return]
 
     def complain(self, node: fx.Node) -> None:
         count = len(self.batches)

@@ -58,6 +58,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Text for methods that need data; by default text that comes with Python."),
+]
 Compiled = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fxquant compile wrote.")]
 
 
@@ -88,10 +92,7 @@ def compile_(
     config: Annotated[
         str, typer.Option("--config", "-c", help="A recipe's name (see fxquant recipes) or a YAML, TOML or JSON file.")
     ] = "W6A16-E3M2",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text for methods that need data; by default text that comes with Python."),
-    ] = None,
+    calibration: CalibrationText = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

@@ -90,6 +90,7 @@ class GptqOptions(MethodOptions):
     """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal; ``clip``: how scales are chosen.
 
     ``sequential``: a layer's inputs come from the layers before it as they were refined, else from the float weights.
+    ``float_targets``: with sequential inputs, aim at the outputs that the float model's layer has on its own inputs.
     """
 
     calibrated: ClassVar[bool] = True
@@ -98,6 +99,7 @@ class GptqOptions(MethodOptions):
     block_size: int = Field(128, ge=1)
     clip: Literal["absmax", "mse"] = "absmax"
     sequential: StrictBool = True
+    float_targets: StrictBool = False
 
 
 METHODS: dict[str, type[MethodOptions]] = {"gptq": GptqOptions}

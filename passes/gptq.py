@@ -26,8 +26,9 @@ RULE = "gptq"
 
 
 def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
-    """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``sequential``, ``progress``, and the
-    options of ``solvers.gptq.solve``: ``act_order``, ``damp_percent``, ``block_size``, ``clip``."""
+    """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``progress``, ``sequential``,
+    ``float_targets``, and the options of ``solvers.gptq.solve``: ``act_order``, ``damp_percent``, ``block_size``, ``clip``.
+    """
     gm, log = program.gm, Log()
     options = {k: settings[k] for k in ("act_order", "damp_percent", "block_size", "clip") if k in settings}
     weight_of = _layers(gm, log)
@@ -41,7 +42,9 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
             return
         node = weight_of[layer]
         spec, value = quant_of(node).spec, float_weight(gm, node)
-        found = solve(to_matrix(value, spec), seen.hessian, spec, name=quant_of(node).weight, **options)
+        found = solve(
+            to_matrix(value, spec), seen.hessian, spec, drift=seen.drift, name=quant_of(node).weight, **options
+        )
         if found.fell_back:
             log.declined(RULE, layer, f"it would be worse than round-to-nearest, which stays: {_change(found)}")
             return
@@ -50,7 +53,8 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
 
     weights: Weights = "quantized" if settings.get("sequential", True) else "float"
     progress, batches = settings.get("progress", quiet), settings["calibration"]
-    usage = walk(gm, batches, list(weight_of), reached, weights=weights, progress=progress, what=RULE)
+    drift = weights == "quantized" and settings.get("float_targets", False)
+    usage = walk(gm, batches, list(weight_of), reached, weights=weights, drift=drift, progress=progress, what=RULE)
     if short and len(short) == len(weight_of):
         raise CalibrationError(
             f"too little calibration data: {short[0][0]} rows in {len(batches)} batches reach the first layer; gptq "

@@ -57,14 +57,15 @@ def quantize_weight(
 
 def solve(
     W: Tensor, H: Tensor, spec: QuantSpec, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 128,
-    clip: Clip = "absmax", name: str = "tensor",
+    clip: Clip = "absmax", drift: Tensor | None = None, name: str = "tensor",
 ) -> Solution:  # fmt: skip
     """GPTQ of ``W [rows, cols]``, in float64 where W is, else in float32; never worse than round-to-nearest.
 
     With ``act_order`` the scales of all groups are found before, on W ("static groups"); without it each group's are
     found when its first column is reached, on the updated columns (but scales under an outer scale, NVFP4 and M2, are
     always found before). ``damp_percent`` is a fraction: 0.01 adds 1 % of mean(diag H). ``block_size`` columns are
-    updated at a time; it changes speed only.
+    updated at a time; it changes speed only. ``drift`` [cols, cols] = 2/n (X_float - X)^T X says how far the inputs are
+    from the float model's: W X_float is aimed at then, not W X (as in GPTAQ, 2504.02692).
 
     Raises WeightError for NaN or Inf in W, CalibrationError where H is not finite, symmetric in shape or positive.
     """
@@ -76,6 +77,8 @@ def solve(
     )
     U, damping = inverse_factor(H[order][:, order], damp_percent, name=name)
     wide = W if W.dtype == torch.float64 else W.float()
+    if drift is not None:
+        wide = wide + correction(wide, drift, order, U)
     columns = wide.t()[order].contiguous()  # a column of W is a row here
     static = choose(wide, spec, clip=clip, name=name) if act_order or spec.kind.outer else None
     codes, scales = _feed_back(columns, U.to(wide.dtype), order, spec, static, block_size, clip, name)
@@ -83,6 +86,17 @@ def solve(
     whole = loss(wide, H) or 1.0
     lost, rtn_lost = (loss(wide - q.dequantize(wide.dtype), H) / whole for q in (found, rtn))
     return Solution(found if lost <= rtn_lost else rtn, lost, rtn_lost, damping)
+
+
+def correction(W: Tensor, drift: Tensor, order: Tensor, U: Tensor) -> Tensor:
+    """W D (H + damping)^-1: added to W, its outputs on the inputs at hand come nearest to W's on the float inputs.
+
+    The minimum over A of ||(W + A) X - W X_float||^2 plus damping times ||A||^2; U is the factor for H in ``order``.
+    """
+    moved = (W.double() @ drift.double())[:, order] @ U.t() @ U
+    placed = torch.empty_like(moved)
+    placed[:, order] = moved
+    return placed.to(W.dtype)
 
 
 def loss(dW: Tensor, H: Tensor) -> float:

@@ -70,6 +70,24 @@ def test_the_output_is_closer_than_round_to_nearest() -> None:
     assert (gptq(model, BATCHES)(x) - want).norm() < 0.8 * (rtn(x) - want).norm()
 
 
+def test_float_targets_aim_at_the_float_models_outputs() -> None:
+    """By hand: the second layer is solved for the weight that undoes, by least squares, what the first one changed."""
+    model, x = mlp().eval(), torch.cat(BATCHES)
+    compiled = gptq(model, BATCHES, float_targets=True)
+    with torch.no_grad():
+        first = solved(model[0].weight, x)
+        float_in = nn.functional.gelu(model[0](x)).double()
+        given = nn.functional.gelu(nn.functional.linear(x, first, model[0].bias)).double()
+        H = moments(given)
+        damped = H + 0.01 * H.diagonal().mean() * torch.eye(32)
+        drift = 2 / len(x) * (float_in - given).T @ given
+        weight = model[2].weight.double()
+        target = (weight + weight @ drift @ torch.linalg.inv(damped)).float()
+        second = quantize_weight(target, H.float(), parse_spec(SPEC)).dequantize()
+        want = nn.functional.linear(given.float(), second, model[2].bias)
+    assert torch.allclose(compiled(x), want, atol=1e-4)
+
+
 def test_layers_say_what_was_done(tmp_path: Path) -> None:
     compiled = gptq(mlp(), BATCHES)
     assert {q.method for q in compiled.summary().layers} == {"gptq"}
