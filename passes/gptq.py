@@ -27,7 +27,7 @@ RULE = "gptq"
 
 def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``progress``, ``sequential``,
-    ``float_targets``, and the options of ``solvers.gptq.solve``: ``act_order``, ``damp_percent``, ``block_size``, ``clip``.
+    ``float_targets``, and options of ``solvers.gptq.solve``: ``act_order``, ``damp_percent``, ``block_size``, ``clip``.
     """
     gm, log = program.gm, Log()
     options = {k: settings[k] for k in ("act_order", "damp_percent", "block_size", "clip") if k in settings}
