@@ -20,7 +20,11 @@ from typer.core import TyperGroup
 from fxquant.errors import FxquantError, InputError, ModelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fxquant.compiled import CompiledModel
+    from fxquant.config import Config
+    from fxquant.hf import LoadedModel
     from fxquant.program import Progress
 
 
@@ -54,6 +58,10 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Text for methods that need data; by default text that comes with Python."),
+]
 Compiled = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fxquant compile wrote.")]
 
 
@@ -84,6 +92,7 @@ def compile_(
     config: Annotated[
         str, typer.Option("--config", "-c", help="A recipe's name (see fxquant recipes) or a YAML, TOML or JSON file.")
     ] = "W6A16-E3M2",
+    calibration: CalibrationText = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -92,6 +101,8 @@ def compile_(
     Examples:
 
         fxquant compile ./SmolLM2-135M -c W6A16-E3M2 -o smollm2-fp6
+
+        fxquant compile ./SmolLM2-135M -c W4A16-GPTQ --calibration my-text.txt -o smollm2-fp4
 
         fxquant compile model.gguf -c my-config.yaml -o out --overwrite
     """
@@ -103,7 +114,8 @@ def compile_(
     store.check_place(out.absolute(), overwrite)
     with progress_bars() as progress:
         loaded = hf.load_model(model, progress=progress)
-        compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, progress=progress)
+        data = _calibration(settings, loaded, calibration)
+        compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, calibration=data, progress=progress)
         progress("save", 0, 0)
         compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
     if loaded.quantized:
@@ -327,6 +339,24 @@ def _load(out: Path) -> CompiledModel:
     from fxquant import pipeline
 
     return pipeline.load(out)
+
+
+def _calibration(settings: Config, loaded: LoadedModel, path: Path | None) -> Tensor | None:
+    """Token windows of the text at ``path``, by default of Python's own; None where no method needs data."""
+    from fxquant.evaluate import calibration_windows
+
+    text = _read(path)
+    if not any(options.calibrated for _, options in settings.methods()):
+        if text is not None:
+            _note(f"no method of this config needs data: {path} is not used")
+        return None
+    if loaded.tokenizer is None:
+        raise InputError(f"{loaded.name} came without a tokenizer; compile it in Python, with calibration=batches")
+    length = min(512, getattr(loaded.model.config, "max_position_embeddings", 512))
+    windows = calibration_windows(loaded.tokenizer, text, length=length)
+    source = path or "text that comes with Python; give your own with --calibration FILE"
+    _note(f"calibrating on {len(windows)} windows of {length} tokens of {source}")
+    return windows
 
 
 def _callable(model: Path, tokenizer: Path | None, progress: Progress) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ rules:                                   # ordered, the first match wins; * cros
   - {match: "*.down_proj", weight: "e3m2/channel"}
   - {match: "lm_head", keep: true}
   - {match: "*", weight: {format: e2m1, granularity: group64, scale: fp32}}
-passes: []                               # methods to run after the weights are quantized, in order
+passes: [{gptq: {act_order: true}}]      # methods to run after the weights are quantized, in order
 """
 
 from __future__ import annotations
@@ -14,10 +14,20 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fxquant.errors import ConfigError, near
 from fxquant.scheme import LayerRule, PerChannel, QuantSpec, parse_spec
@@ -87,6 +97,32 @@ class RuleConfig(_Strict):
         return LayerRule(self.match, weight, activation, self.keep, self.types)
 
 
+class MethodOptions(_Strict):
+    """Options of a method; ``calibrated`` methods need data to run on."""
+
+    calibrated: ClassVar[bool] = False
+
+
+class GptqOptions(MethodOptions):
+    """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal; ``clip``: how scales are chosen.
+
+    ``sequential``: a layer's inputs come from the layers before it as they were refined, else from the float weights.
+    ``float_targets``: with sequential inputs, aim at the outputs that the float model's layer has on its own inputs.
+    """
+
+    calibrated: ClassVar[bool] = True
+    act_order: StrictBool = True
+    damp_percent: float = Field(0.01, ge=0, le=1)
+    block_size: int = Field(128, ge=1)
+    clip: Literal["absmax", "mse"] = "absmax"
+    sequential: StrictBool = True
+    float_targets: StrictBool = False
+
+
+METHODS: dict[str, type[MethodOptions]] = {"gptq": GptqOptions}
+"""The passes a config may ask for, each with its options."""
+
+
 class Config(_Strict):
     """A whole config. ``rules`` are ordered; ``passes`` are methods by name, each with its options.
 
@@ -112,21 +148,36 @@ class Config(_Strict):
     @classmethod
     def _known_passes(cls, value: tuple[dict[str, dict[str, Any]], ...]) -> tuple[dict[str, dict[str, Any]], ...]:
         for entry in value:
-            for name in entry:
-                if name not in METHODS:
-                    raise ValueError(f"unknown pass {name!r}{near(name, METHODS)}; {_allowed_passes()}")
+            for name, options in entry.items():
+                _method(name, options)
         return value
 
     def layer_rules(self) -> tuple[LayerRule, ...]:
         return tuple(rule.rule() for rule in self.rules)
+
+    def methods(self) -> tuple[tuple[str, MethodOptions], ...]:
+        """The methods to run, in order, each with its options."""
+        return tuple((name, _method(name, options)) for entry in self.passes for name, options in entry.items())
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, defaults left out."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-METHODS: tuple[str, ...] = ()
-"""Names of the passes a config may ask for."""
+def _method(name: str, options: Mapping[str, Any]) -> MethodOptions:
+    """The options of the method ``name``; ValueError names an unknown method or option, or a value that is wrong."""
+    if name not in METHODS:
+        raise ValueError(f"unknown pass {name!r}{near(name, METHODS)}; expected one of {', '.join(METHODS)}")
+    known = METHODS[name].model_fields
+    for option in options:
+        if option not in known:
+            raise ValueError(f"pass {name!r}: unknown option {option!r}{near(option, known)}; expected one of "
+                             f"{', '.join(known)}")  # fmt: skip
+    try:
+        return METHODS[name].model_validate(options)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"pass {name!r}: {told}") from error
 
 
 def _named_pass(value: Any) -> Any:
@@ -135,10 +186,6 @@ def _named_pass(value: Any) -> Any:
     if not isinstance(value, Mapping) or len(value) != 1:
         raise ValueError(f"{str(value)[:60]!r} is no pass; expected a name, or one name with a mapping of its options")
     return {name: {} if options is None else options for name, options in value.items()}
-
-
-def _allowed_passes() -> str:
-    return f"expected one of {', '.join(METHODS)}" if METHODS else "this version has no optional passes yet"
 
 
 def _check_weight_spec(spec: QuantSpec) -> None:
@@ -159,8 +206,11 @@ class Recipe:
     config: Config
 
 
-def _uniform(name: str, weight: str, summary: str, *, activation: str | None = None) -> Recipe:
-    return Recipe(name, summary, Config(rules=(RuleConfig(match="*", weight=weight, activation=activation),)))
+def _uniform(
+    name: str, weight: str, summary: str, *, activation: str | None = None, passes: tuple[str, ...] = ()
+) -> Recipe:
+    rule = RuleConfig(match="*", weight=weight, activation=activation)
+    return Recipe(name, summary, Config(rules=(rule,), passes=tuple({method: {}} for method in passes)))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -171,6 +221,12 @@ RECIPES: dict[str, Recipe] = {
             "W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6"
         ),
         _uniform("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest"),
+        _uniform(
+            "W4A16-GPTQ",
+            "e2m1/group64",
+            "FP4 E2M1 weights in groups of 64, GPTQ on calibration data",
+            passes=("gptq",),
+        ),
         _uniform("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
         _uniform(
             "W8A8-FP8", "e4m3/channel", "FP8 E4M3 weights a row, FP8 E4M3 activations a token", activation="e4m3/token"

@@ -290,6 +290,7 @@ def encode_info(value: NodeInfo) -> Json:
         "weight": None if weight is None else {
             "weight": weight.weight, "spec": str(weight.spec), "method": weight.method,
             "error": encode_value(float(weight.error)), "nbytes": weight.nbytes, "float_nbytes": weight.float_nbytes,
+            **({"transposed": True} if weight.transposed else {}),
         },
     }  # fmt: skip
     return {k: v for k, v in found.items() if v not in (None, "")}
@@ -308,7 +309,7 @@ def decode_info(value: Json, where: str) -> NodeInfo:
 
 
 def _decode_weight(value: Json, where: str) -> WeightQuant:
-    found = fields(value, where, ["weight", "spec", "method", "error", "nbytes", "float_nbytes"])
+    found = fields(value, where, ["weight", "spec", "method", "error", "nbytes", "float_nbytes"], ["transposed"])
     return WeightQuant(
         weight=path(found["weight"], where),
         spec=decode_spec(found["spec"], where),
@@ -316,6 +317,7 @@ def _decode_weight(value: Json, where: str) -> WeightQuant:
         error=_positive(found["error"], f"the error of {where}"),
         nbytes=whole(found["nbytes"], f"the size of {where}", 0),
         float_nbytes=whole(found["float_nbytes"], f"the size of {where}", 1),
+        transposed=found.get("transposed") is True,
     )
 
 

@@ -26,6 +26,10 @@ class WeightError(FxquantError, ValueError):
     """A weight that cannot be quantized: NaN or Inf, integer values, no rows, or no storage (meta device)."""
 
 
+class CalibrationError(FxquantError, ValueError):
+    """Calibration data, or statistics of it, that a method cannot use: too little, NaN, or not a Hessian."""
+
+
 class InputError(FxquantError, ValueError):
     """Inputs of a compiled model that do not fit its signature."""
 

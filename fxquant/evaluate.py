@@ -83,6 +83,21 @@ def text_windows(tokenizer: Callable[..., Any], text: str | None = None, *, leng
     return ids[: count * length].reshape(count, length)
 
 
+def calibration_windows(
+    tokenizer: Callable[..., Any], text: str | None = None, *, count: int = 16, length: int = 512
+) -> Tensor:
+    """Token windows ``[n, length]`` for calibration: the first ``length`` tokens of the first ``count`` windows.
+
+    Spread over the text: every 2,048 tokens where it is long enough, else closer, down to one behind the other; fewer
+    than ``count`` where the text is short. InputError if it has fewer than ``length`` tokens.
+    """
+    ids = text_ids(tokenizer, text)
+    if ids.numel() < length:
+        raise InputError(f"the text has {ids.numel()} tokens and one calibration window needs {length}; give more text")
+    step = min(LENGTH, max(length, ids.numel() // count))
+    return ids.unfold(0, length, step)[:count].contiguous()
+
+
 # --- measures ---------------------------------------------------------------------------------------------------------
 def perplexity(model: Callable[..., Any], windows: Tensor, *, progress: Progress = quiet) -> Perplexity:
     """Perplexity of ``model(input_ids=window)`` over ``windows [n, length]``, in fp32 logits, a window at a time."""

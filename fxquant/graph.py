@@ -43,7 +43,8 @@ class WeightQuant:
     """How a weight was quantized: on the ``dequantize`` node of the QDQ form and on the op it is lowered to.
 
     ``weight`` names the float tensor, which stays on the module until lowering. ``error`` is ||W - W'|| / ||W||.
-    ``nbytes`` is the packed size with scales, ``float_nbytes`` the size before.
+    ``nbytes`` is the packed size with scales, ``float_nbytes`` the size before. ``transposed``: the float tensor is
+    stored ``[..., in, out]``, the codes are those of its transpose.
     """
 
     weight: str
@@ -52,6 +53,7 @@ class WeightQuant:
     error: float
     nbytes: int
     float_nbytes: int
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,16 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxquant import store
+from fxquant.calibrate import Calibration, batches_of
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel
-from fxquant.config import ConfigLike, load_config
+from fxquant.config import Config, ConfigLike, load_config
 from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
+from fxquant.passes.gptq import GPTQ
 from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.normalize import NORMALIZE
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
@@ -34,6 +36,7 @@ def compile(
     example_inputs: Any = None,
     config: ConfigLike = "W6A16-E3M2",
     *,
+    calibration: Calibration | None = None,
     dynamic_shapes: Any = None,
     progress: Progress = quiet,
 ) -> CompiledModel:
@@ -41,12 +44,15 @@ def compile(
 
     ``example_inputs``: a tuple of positional or a dict of keyword inputs; their batch and sequence sizes may vary later
     where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
-    path to YAML, TOML or JSON, a dict, or a Config. The model itself is not changed.
+    path to YAML, TOML or JSON, a dict, or a Config. ``calibration``: batches of inputs (dicts, tuples or tensors), or
+    token windows ``[n, length]``, for configs with methods that need data. The model itself is not changed.
 
-    Raises ConfigError (unknown recipe, key or format; a rule that matches no layer), CaptureError (what cannot be
-    captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device).
+    Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
+    CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
+    CalibrationError (data that do not fit, too little of them, NaN activations).
     """
     settings = load_config(config)
+    _check_calibration(settings, calibration)
     progress("capture", 0, 0)
     program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     measure = _measure(program, example_inputs)
@@ -58,11 +64,35 @@ def compile(
         *activations,
         Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
         Stage(REMOVE_DEAD),
+        *_methods(settings, program, calibration, progress),
         Stage(LOWER),
         Stage(REMOVE_DEAD),
     ]
     run(program, stages, check=verify, measure=measure, progress=progress)
     return CompiledModel(program, settings)
+
+
+METHODS = {GPTQ.name: GPTQ}
+"""The passes that a config may ask for; ``config.METHODS`` holds their options."""
+
+
+def _methods(settings: Config, program: Program, calibration: Calibration | None, progress: Progress) -> list[Stage]:
+    """The methods a config asks for, in its order."""
+    methods = settings.methods()
+    needed = calibration is not None and any(options.calibrated for _, options in methods)
+    batches = batches_of(calibration, program.signature) if needed and calibration is not None else []
+    given = {"calibration": batches, "progress": progress}
+    return [Stage(METHODS[name], {**options.model_dump(), **given}) for name, options in methods]
+
+
+def _check_calibration(settings: Config, calibration: Calibration | None) -> None:
+    """Raise a ConfigError where a method needs data and there is none."""
+    needy = [name for name, options in settings.methods() if options.calibrated]
+    if needy and calibration is None:
+        raise ConfigError(
+            f"{needy[0]} needs calibration data; give calibration=batches, an iterable of inputs as the model takes "
+            f"them, or token windows [n, length]: fxquant.evaluate.calibration_windows(tokenizer) makes some"
+        )
 
 
 def load(directory: str | Path) -> CompiledModel:
@@ -75,7 +105,12 @@ def load(directory: str | Path) -> CompiledModel:
 
 
 def quantize_(
-    model: nn.Module, config: ConfigLike = "W6A16-E3M2", example_inputs: Any = None, *, progress: Progress = quiet
+    model: nn.Module,
+    config: ConfigLike = "W6A16-E3M2",
+    example_inputs: Any = None,
+    *,
+    calibration: Calibration | None = None,
+    progress: Progress = quiet,
 ) -> CompiledModel:
     """Compile ``model`` and write the packed weights back into it, so that its own methods (``generate``) run on them.
 
@@ -85,7 +120,7 @@ def quantize_(
     """
     if example_inputs is None:
         example_inputs = default_inputs(model)
-    compiled = compile(model, example_inputs, config, progress=progress)
+    compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
     write_back(model, compiled.program)
     return compiled
 

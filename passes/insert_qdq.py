@@ -18,7 +18,8 @@ from fxquant.graph import NodeInfo, TensorType, WeightQuant, set_info, update_in
 from fxquant.layers import Layer, find_layers, ties
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
-from fxquant.qtensor import QuantizedTensor, quantize_tensor
+from fxquant.qdq import PARTS, weight_error
+from fxquant.qtensor import quantize_tensor
 from fxquant.rewrite import Decline, Log, aten, attach, free_name, get_attr
 from fxquant.scheme import QuantSpec
 
@@ -58,7 +59,7 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
     graph, base = gm.graph, layer.target + ("_t" if layer.transposed else "")
     with graph.inserting_before(_first_use(layer)):
         parts: list[fx.Node | None] = []
-        for suffix in ("codes", "scale", "zero_point", "tensor_scale"):
+        for suffix in PARTS:
             if (tensor := getattr(q, suffix)) is not None:
                 name = free_name(gm, f"{base}_{suffix}")
                 attach(gm, name, tensor)
@@ -67,15 +68,10 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
         if parts[3] is not None:
             options["tensor_scale"] = parts[3]
         node = graph.call_function(ops.dequantize.default, (*parts[:3], str(spec), list(q.shape)), options)
-    weight = WeightQuant(layer.target, spec, "rtn", weight_error(value, q), q.nbytes, layer.weight.nbytes)
+    error, before = weight_error(value, q), layer.weight.nbytes
+    weight = WeightQuant(layer.target, spec, "rtn", error, q.nbytes, before, layer.transposed)
     set_info(node, NodeInfo(TensorType(value.dtype, q.shape), layer.name, weight=weight))
     return _oriented(graph, node, layer)
-
-
-def weight_error(value: torch.Tensor, q: QuantizedTensor) -> float:
-    """||W - W'|| / ||W||, 0 for a weight of zeros."""
-    norm = float(value.float().norm())
-    return float((q.dequantize() - value.float()).norm()) / norm if norm else 0.0
 
 
 def _oriented(graph: fx.Graph, node: fx.Node, layer: Layer) -> fx.Node:

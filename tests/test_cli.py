@@ -89,6 +89,21 @@ def test_compile_overwrites_what_it_wrote_before(model: Path, tmp_path: Path) ->
     assert (tmp_path / "out" / "tokenizer").is_dir()
 
 
+def test_compile_calibrates_on_text(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the of and to in is that it for a " * 60)
+    rules = tmp_path / "gptq.yaml"
+    rules.write_text('rules: [{match: "*", weight: "e2m1/group16"}]\npasses: [gptq]')
+    result = run("compile", model, "-o", tmp_path / "out", "-c", rules, "--calibration", text)
+    assert "calibrating on 4 windows of 128 tokens of" in result.stderr
+    assert "gptq" in result.stdout
+    result = run("compile", model, "-o", tmp_path / "fp6", "--calibration", text)
+    assert "is not used" in result.stderr
+    text.write_text("the of")
+    result = run("compile", model, "-o", tmp_path / "short", "-c", rules, "--calibration", text, code=1)
+    assert "the text has 2 tokens" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fxquant.config import RECIPES, Config, load_config
+from fxquant import pipeline
+from fxquant.config import METHODS, RECIPES, Config, GptqOptions, load_config
 from fxquant.errors import ConfigError
 from fxquant.scheme import parse_spec
 
@@ -18,6 +19,14 @@ LONG = {"rules": [{"match": "*", "weight": {"format": "e2m1", "granularity": "gr
 def test_short_and_long_form_mean_the_same() -> None:
     assert load_config(SHORT).layer_rules() == load_config(LONG).layer_rules()
     assert load_config(SHORT).layer_rules()[0].weight == parse_spec("e2m1/group64")
+
+
+def test_methods_have_their_options_and_defaults() -> None:
+    ((name, options),) = load_config({**SHORT, "passes": ["gptq"]}).methods()
+    assert (name, options) == ("gptq", GptqOptions())
+    ((_, options),) = load_config({**SHORT, "passes": [{"gptq": {"act_order": False}}]}).methods()
+    assert options.model_dump() == GptqOptions().model_dump() | {"act_order": False}
+    assert set(METHODS) == set(pipeline.METHODS)
 
 
 def test_files(tmp_path: Path) -> None:
@@ -56,8 +65,11 @@ def test_every_recipe_loads_by_name_in_any_case() -> None:
         ({"rules": [{"match": "*", "weight": "e3m2/token"}]}, "weights take tensor, channel"),
         ({"rules": [{"match": "*", "weight": "e3m2", "types": ["linaer"]}]}, "linear"),
         ({"rules": [{"match": "", "weight": "e3m2"}]}, "rules.0.match"),
-        ({**SHORT, "passes": ["gptq"]}, "unknown pass 'gptq'"),
-        ({**SHORT, "passes": [{"lorc": {"rank": 8}}]}, "unknown pass 'lorc'"),
+        ({**SHORT, "passes": ["gtpq"]}, "unknown pass 'gtpq' .did you mean 'gptq'"),
+        ({**SHORT, "passes": [{"smooth": {"alpha": 8}}]}, "unknown pass 'smooth'; expected one of gptq"),
+        ({**SHORT, "passes": [{"gptq": {"act_ordr": True}}]}, "unknown option 'act_ordr' .did you mean 'act_order'"),
+        ({**SHORT, "passes": [{"gptq": {"damp_percent": -1}}]}, "damp_percent=-1: .*greater than or equal to 0"),
+        ({**SHORT, "passes": [{"gptq": {"act_order": "no"}}]}, "act_order='no'"),
     ],
 )
 def test_mistakes_are_named(config: object, message: str) -> None:
@@ -92,8 +104,8 @@ def test_every_mistake_has_its_line() -> None:
 def test_a_config_made_by_hand_raises_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"config: rules\.0\.weight: unknown format 'e9'"):
         Config(rules=[{"match": "*", "weight": "e9"}])
-    with pytest.raises(ConfigError, match="unknown pass 'gptq'"):
-        Config(**SHORT, passes=["gptq"])
+    with pytest.raises(ConfigError, match="unknown pass 'awq'"):
+        Config(**SHORT, passes=["awq"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,285 @@
+"""Calibration: what the layers of a graph are given, collected in one walk over the data.
+
+The graph is walked node by node, each node for all batches before the next one. So when a layer is reached, its inputs
+of every batch are there: the statistics are complete, its weight may be replaced, and what follows sees the new one.
+Inputs from the quantized prefix cost one pass over the data this way, not one a layer. What is kept is the values that
+a later layer needs, of all batches; weights are decoded when they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from fxquant.errors import CalibrationError, InputError
+from fxquant.graph import info, tensor_type
+from fxquant.ops import operators as ops
+from fxquant.program import Progress, quiet
+from fxquant.qdq import float_weight
+from fxquant.rewrite import aten, fetch
+from fxquant.signature import Signature, as_call
+
+Weights = Literal["quantized", "float"]
+Batch = list[Tensor]
+"""The inputs of one call of a graph, in its order."""
+Calibration = Iterable[Any]
+"""Batches (tuples or dicts of inputs, or the one tensor input), or token windows ``[n, length]``, each a batch."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """``hessian`` = 2/n sum of x x^T (float32 ``[cols, cols]``) over the ``rows`` n that a layer was given.
+
+    ``drift`` = 2/n sum of (x_float - x) x^T, where asked for: how far x is from what the float model's layer is given.
+    """
+
+    hessian: Tensor
+    rows: int
+    drift: Tensor | None = None
+
+
+@dataclass
+class Usage:
+    """``rows`` of the first layer's input, and the most bytes of activations and statistics alive at a time."""
+
+    rows: int = 0
+    peak_bytes: int = 0
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+def batches_of(data: Calibration, signature: Signature) -> list[Batch]:
+    """The inputs of every batch as the graph takes them.
+
+    A tensor of integers ``[n, length]`` is n batches of one window each, for the model's first input. CalibrationError
+    where there is none or where one does not fit the model, naming it.
+    """
+    if isinstance(data, Tensor):
+        data = _windows(data, signature)
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(data).__name__}; expected an iterable of batches (dicts or tuples of tensors), or "
+            f"a tensor of token windows [n, length] as fxquant.evaluate.calibration_windows makes it"
+        )
+    batches = []
+    for i, item in enumerate(data):
+        try:
+            args, kwargs = as_call(item)
+            batches.append(signature.bind(args, kwargs))
+        except InputError as error:
+            raise CalibrationError(f"calibration batch {i}: {error}") from error
+    if not batches:
+        raise CalibrationError("calibration holds no batches; a few thousand tokens or some hundred images are usual")
+    return batches
+
+
+def _windows(data: Tensor, signature: Signature) -> list[dict[str, Tensor]]:
+    if data.dim() != 2 or data.is_floating_point():
+        raise CalibrationError(
+            f"calibration is a tensor {data.dtype} {list(data.shape)}; expected token windows, integers [n, length], "
+            f"or an iterable of batches: give [x] where x is one batch"
+        )
+    return [{signature.inputs[0].name: window.unsqueeze(0)} for window in data]
+
+
+# --- the walk ---------------------------------------------------------------------------------------------------------
+Reached = Callable[[fx.Node, Statistics], None]
+
+
+def walk(
+    gm: fx.GraphModule, batches: Sequence[Batch], layers: Sequence[fx.Node], reached: Reached, *,
+    weights: Weights = "quantized", drift: bool = False, progress: Progress = quiet, what: str = "calibrate",
+) -> Usage:  # fmt: skip
+    """Call ``reached(layer, statistics)`` for every layer, in graph order, each just before it is computed.
+
+    ``layers`` are nodes that ``why_not`` has nothing against. ``reached`` may write new codes for the layer's weight.
+    With ``weights="float"`` every layer is computed with its float weight, so that inputs are those of the float model.
+    ``drift`` walks both models side by side, for ``Statistics.drift``.
+    CalibrationError where a layer's input holds NaN or Inf, naming the layer and the batch.
+    """
+    run = _Walk(gm, batches, weights)
+    beside = _Walk(gm, batches, "float") if drift else None
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    left = sorted(layers, key=order.__getitem__)
+    needed, last_use = _needed(left, order)
+    total, kept = len(left), dict[Any, Statistics]()
+    for node in [n for n in gm.graph.nodes if n in needed]:
+        if left and node is left[0]:
+            progress(what, total - len(left), total)
+            key = _key(node)
+            if key not in kept:
+                kept[key] = run.statistics(node, sum(s.hessian.nbytes for s in kept.values()))
+                if beside is not None:
+                    kept[key] = replace(kept[key], drift=run.drift(node, beside, kept[key].rows))
+            left = left[1:]
+            reached(node, kept[key])
+            kept = {k: s for k, s in kept.items() if any(_key(n) == k for n in left)}
+        if not left:
+            break
+        dead = [n for n in node.all_input_nodes if last_use.get(n) is node]
+        for each in (run, beside) if beside is not None else (run,):
+            each.step(node, dead)
+    progress(what, total, total)
+    if beside is not None:
+        run.usage.peak_bytes += beside.usage.peak_bytes
+    return run.usage
+
+
+def _needed(layers: Sequence[fx.Node], order: Mapping[fx.Node, int]) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+    """The nodes that the layers depend on, themselves included, and for each the last of them that reads it."""
+    found: set[fx.Node] = set()
+    todo = list(layers)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    last: dict[fx.Node, fx.Node] = {}
+    for node in sorted(found, key=order.__getitem__):
+        last.update(dict.fromkeys(node.all_input_nodes, node))
+    return found, last
+
+
+@dataclass
+class _Walk:
+    """The values of all batches that are alive: ``values[node][batch]``."""
+
+    gm: fx.GraphModule
+    batches: Sequence[Batch]
+    weights: str
+    values: dict[fx.Node, list[Any]] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+
+    def step(self, node: fx.Node, dead: Sequence[fx.Node]) -> None:
+        """Compute ``node`` for every batch and drop what is read for the last time."""
+        if node.op == "placeholder":
+            at = [n for n in self.gm.graph.nodes if n.op == "placeholder"].index(node)
+            self.values[node] = [batch[at] for batch in self.batches]
+        elif not _is_constant(node):
+            fixed = {n: self.constant(n) for n in node.all_input_nodes if _is_constant(n)}
+            self.values[node] = [self.compute(node, i, fixed) for i in range(len(self.batches))]
+            if not node.users:
+                del self.values[node]
+        for n in dead:
+            self.values.pop(n, None)
+        self.account()
+
+    def compute(self, node: fx.Node, batch: int, fixed: Mapping[fx.Node, Tensor]) -> Any:
+        def value(n: fx.Node) -> Any:
+            return fixed[n] if n in fixed else self.values[n][batch]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def constant(self, node: fx.Node) -> Tensor:
+        """A tensor of the module, or a weight decoded from its codes."""
+        if node.op == "get_attr":
+            return fetch(self.gm, str(node.target))
+        if self.weights == "float" and info(node).weight is not None:
+            return float_weight(self.gm, node)
+        fixed = {n: self.constant(n) for n in node.all_input_nodes}
+        return self.compute(node, 0, fixed)  # type: ignore[no-any-return]
+
+    def statistics(self, node: fx.Node, kept: int) -> Statistics:
+        total, rows = None, 0
+        for x in self.values[_input(node)]:
+            seen = columns(node, x).float()
+            rows += len(seen)
+            total = seen.t() @ seen if total is None else total.addmm_(seen.t(), seen)
+        assert total is not None
+        if not bool(total.isfinite().all()):
+            self.complain(node)
+        self.usage.rows = self.usage.rows or rows
+        self.account(kept + total.nbytes)
+        return Statistics(total.mul_(2 / max(rows, 1)), rows)
+
+    def drift(self, node: fx.Node, other: _Walk, rows: int) -> Tensor:
+        total: Any = 0
+        for x, y in zip(self.values[_input(node)], other.values[_input(node)], strict=True):
+            seen = columns(node, x).float()
+            total = total + (columns(node, y).float() - seen).t() @ seen
+        return total * (2 / max(rows, 1))  # type: ignore[no-any-return]
+
+    def complain(self, node: fx.Node) -> None:
+        count = len(self.batches)
+        for i, x in enumerate(self.values[_input(node)]):
+            if bad := int((~x.isfinite()).sum()):
+                raise CalibrationError(
+                    f"layer {info(node).path!r}: its input holds {bad} NaN or Inf among {x.numel()} values in "
+                    f"calibration batch {i} of {count}; the model or its data are broken before this layer"
+                )
+        raise CalibrationError(f"layer {info(node).path!r}: its inputs are too large, their squares overflow float32")
+
+    def account(self, extra: int = 0) -> None:
+        """Note how much is alive: storages counted once, weights not counted."""
+        held = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for batch in self.values.values()
+            for value in batch
+            if isinstance(value, Tensor)
+        }
+        self.usage.peak_bytes = max(self.usage.peak_bytes, sum(held.values()) + extra)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node's value is the same for every batch: a tensor of the module, or a weight dequantized from some."""
+    return node.op == "get_attr" or (
+        node.target is ops.dequantize.default and all(n.op == "get_attr" for n in node.all_input_nodes)
+    )
+
+
+# --- what a layer sums over -------------------------------------------------------------------------------------------
+_CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+
+
+def why_not(node: fx.Node) -> str | None:
+    """Why the inputs of a layer give no one Hessian for its weight; None where they do."""
+    if node.target is aten.linear.default:
+        return None
+    if node.target in _CONVOLUTIONS:
+        groups = node.args[6] if len(node.args) > 6 else 1
+        return None if groups == 1 else f"its {groups} groups of channels have inputs of their own"
+    if node.target is aten.embedding.default:
+        return "an embedding looks rows up and sums over nothing"
+    return f"no rule says what {getattr(node.target, '__name__', node.target)} sums over"
+
+
+def columns(node: fx.Node, x: Tensor) -> Tensor:
+    """The layer's input as ``[rows, cols]``, cols as in the matrix view of its weight: a convolution's are unfolded."""
+    if node.target is aten.linear.default:
+        return x.reshape(-1, x.shape[-1])
+    dims = _CONVOLUTIONS[node.target]
+    kernel, stride, padding, dilation = _window(node, dims)
+    x = x.reshape(-1, *x.shape[-dims - 1 :])
+    image = x.unsqueeze(2) if dims == 1 else x
+    patches = F.unfold(image, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, cols, places]
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+def _window(node: fx.Node, dims: int) -> list[tuple[int, int]]:
+    """Kernel, stride, padding and dilation in two dimensions; a 1-D convolution is one on images of height 1."""
+    kernel = tensor_type(node.args[1]).shape[2:]  # type: ignore[arg-type]
+    found = []
+    for value, still in zip((kernel, *node.args[3:6]), (1, 1, 0, 1), strict=True):
+        sizes = [int(v) for v in value]  # type: ignore[union-attr, arg-type]
+        sizes = sizes * dims if len(sizes) == 1 else sizes
+        found.append((still, sizes[0]) if dims == 1 else (sizes[0], sizes[1]))
+    return found
+
+
+def _input(node: fx.Node) -> fx.Node:
+    found = node.args[0]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def _key(node: fx.Node) -> Any:
+    """Layers with the same key see the same columns."""
+    if node.target is aten.linear.default:
+        return _input(node), None
+    return _input(node), str(_window(node, _CONVOLUTIONS[node.target]))
