@@ -207,10 +207,10 @@ class Recipe:
 
 
 def _uniform(
-    name: str, weight: str, summary: str, *, activation: str | None = None, passes: tuple[str, ...] = ()
+    name: str, weight: str, summary: str, *, activation: str | None = None, passes: Mapping[str, Any] | None = None
 ) -> Recipe:
     rule = RuleConfig(match="*", weight=weight, activation=activation)
-    return Recipe(name, summary, Config(rules=(rule,), passes=tuple({method: {}} for method in passes)))
+    return Recipe(name, summary, Config(rules=(rule,), passes=(dict(passes),) if passes else ()))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -224,8 +224,8 @@ RECIPES: dict[str, Recipe] = {
         _uniform(
             "W4A16-GPTQ",
             "e2m1/group64",
-            "FP4 E2M1 weights in groups of 64, GPTQ on calibration data",
-            passes=("gptq",),
+            "FP4 E2M1 weights in groups of 64, GPTQ that aims at the float model's outputs",
+            passes={"gptq": {"float_targets": True}},
         ),
         _uniform("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
         _uniform(

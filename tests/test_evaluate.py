@@ -17,6 +17,7 @@ from torch import Tensor
 from fxquant.errors import InputError, ModelError
 from fxquant.evaluate import (
     OnnxModel,
+    calibration_windows,
     fingerprint,
     logit_agreement,
     perplexity,
@@ -162,3 +163,17 @@ def test_smollm2_has_the_published_perplexity() -> None:
     windows = text_windows(loaded.tokenizer)
     assert windows.shape == (55, 2048)
     assert perplexity(loaded.model, windows[-2:]).value == pytest.approx(8.1090, abs=5e-4)
+
+
+@pytest.mark.parametrize(("tokens", "starts"), [(40_000, range(0, 32_768, 2048)), (1_000, range(0, 900, 100)),
+                                                (3_200, range(0, 3_200, 200)), (100, [0])])  # fmt: skip
+def test_calibration_windows_are_spread_over_the_text(tokens: int, starts: list[int]) -> None:
+    def words(text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(range(tokens))}
+
+    found = calibration_windows(words, "text", length=100)
+    assert found[:, 0].tolist()[: len(starts)] == list(starts)
+    assert len(found) <= 16
+    assert torch.equal(found[-1], torch.arange(100) + found[-1, 0])
+    with pytest.raises(InputError, match=f"the text has {tokens} tokens and one calibration window needs 50000"):
+        calibration_windows(words, "text", length=50_000)
