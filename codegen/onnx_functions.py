@@ -29,13 +29,13 @@ from fxquant.codegen.onnx_builder import Arg, Builder, T, UnsupportedError
 from fxquant.codegen.onnx_elementwise import Converter, rows
 from fxquant.formats import Format, IntFormat
 from fxquant.ops import matrix_shape
+from fxquant.ops import operators as ops
 from fxquant.packing import planes
 from fxquant.qtensor import load_scale
 from fxquant.scales import Scales
 from fxquant.scheme import QuantSpec, parse_spec
 
 DOMAIN, VERSION = "fxquant", 1
-ops: Any = torch.ops.fxquant
 
 _INT, _INTS = ir.AttributeType.INT, ir.AttributeType.INTS
 _MATRIX = {"cols": _INT, "group_size": _INT}

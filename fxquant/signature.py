@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -259,10 +258,3 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"example_inputs is a {type(example).__name__}; expected a tuple of positional inputs or a dict of keyword "
         f"inputs"
     )
-
-
-def run_example(model: torch.nn.Module, example: Any) -> Any:
-    """Call ``model`` on example inputs without gradients."""
-    args, kwargs = as_call(example)
-    with torch.no_grad():
-        return model(*args, **kwargs)

@@ -14,17 +14,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 import fxquant.ops  # noqa: F401  (defines the operators)
 from fxquant.graph import WeightQuant, info
 from fxquant.layers import Layer, find_layers
+from fxquant.ops import operators as ops
 from fxquant.program import Program, Step, target_name
 from fxquant.rewrite import aten, get_attrs, identity, tensors
 from fxquant.show.units import percent, seconds, size, table
 
-ops: Any = torch.ops.fxquant
 _LAYER_OPS: dict[Any, str] = {
     ops.linear_wq.default: "linear",
     ops.conv2d_wq.default: "conv",
