@@ -24,6 +24,7 @@ Policies, for every format:
 from __future__ import annotations
 
 import math
+import struct
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
@@ -53,6 +54,10 @@ class Grid(ABC):
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Codes (uint8) of the nearest grid values of ``x``."""
+
+    def encode_(self, x: Tensor) -> Tensor:
+        """The same where ``x`` is not needed any more: its memory may be used for intermediates."""
+        return self.encode(x)
 
     @property
     def max(self) -> float:
@@ -170,20 +175,22 @@ class FloatFormat(Grid):
         NaN becomes the format's NaN code where it has one, else its largest value with the sign of the NaN. An unsigned
         format takes what is negative for 0.
         """
+        return self.encode_(x.to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True))
+
+    def encode_(self, x: Tensor) -> Tensor:
         x = exact_float(x) if self.signed else exact_float(x).clamp(min=0)
+        nan = None if self.specials == "none" else x.isnan()
         if x.dtype == torch.float32 and isinstance(self.bias, int):
-            magnitude = _nearest_magnitude(self, x)
+            code = _nearest_code(self, x.contiguous().view(torch.int32))
         else:
             boundaries = _boundaries(self, x.dtype, x.device)
-            magnitude = torch.bucketize(x.abs().contiguous(), boundaries, out_int32=True).to(torch.uint8)
-        code = magnitude
-        if self.signed:
-            code = magnitude | torch.signbit(x).view(torch.uint8).bitwise_left_shift_(self.bits - 1)  # s | eeemm
+            code = torch.bucketize(x.abs().contiguous(), boundaries, out_int32=True).to(torch.uint8)
+            if self.signed:
+                code |= torch.signbit(x).view(torch.uint8).bitwise_left_shift_(self.bits - 1)  # s | eeemm
         if self.specials == "fnuz":
-            code = torch.where(magnitude == 0, torch.zeros_like(code), code)  # 0x80 is NaN here, there is no -0
-        if self.specials != "none":
-            nan = self.magnitudes if self.specials == "fnuz" else self.magnitudes - 1
-            code = torch.where(x.isnan(), torch.full_like(code, nan), code)
+            code.masked_fill_(code == self.magnitudes, 0)  # 0x80 is NaN here, there is no -0
+        if nan is not None:
+            code.masked_fill_(nan, self.magnitudes if self.specials == "fnuz" else self.magnitudes - 1)
         return code
 
 
@@ -330,35 +337,42 @@ def midpoints(grid: Tensor, *, upper_wins_tie: Tensor, dtype: torch.dtype) -> Te
     return torch.where((rounded.double() > middle) | (exact & upper_wins_tie), below, rounded)
 
 
-def _nearest_magnitude(format: FloatFormat, x: Tensor) -> Tensor:
-    """Codes without sign (uint8) of float32 ``x``, from its bits.
+def _nearest_code(format: FloatFormat, bits: Tensor) -> Tensor:
+    """Codes (uint8) of float32 values, from their ``bits`` (int32), which are overwritten.
 
     With c = 2^23 steps of the binade of |x| (of the lowest one for subnormals), the float |x| + c is rounded to a step,
     ties to even, and its bits less those of c count steps. The exponent fields below add their codes. No operand is
-    a denormal that matters, so flushing them changes nothing. ``fmin`` saturates, and takes NaN for the largest.
+    a denormal that matters, so flushing them changes nothing. Limits are put on bits, where NaN is above all numbers.
+    In place, since fresh memory costs more than an operation.
     """
+    c = bits >> (32 - format.bits)
+    sign = c.bitwise_and_(format.magnitudes).to(torch.uint8) if format.signed else None
+    magnitude = bits.bitwise_and_(0x7FFFFFFF).clamp_(max=_float_bits(format.max))
     if format.mbits == 0:
-        return _nearest_power(format, x)
-    drop = 23 - format.mbits
-    lowest = (128 - int(format.bias)) << 23  # bits of the smallest normal
-    magnitude = torch.fmin(x.abs(), torch.tensor(format.max, dtype=torch.float32, device=x.device))
-    exponent = (magnitude.view(torch.int32) & 0x7F800000).clamp_(min=lowest)
-    c = exponent + (drop << 23)
-    steps = magnitude.add_(c.view(torch.float32)).view(torch.int32).sub_(c)
-    code = steps.add_(exponent.bitwise_right_shift_(drop)).to(torch.uint8)
-    return code.sub_((lowest >> drop) & 0xFF)  # in uint8, where both wrapped alike
+        code = _nearest_power(format, magnitude)
+    else:
+        drop = 23 - format.mbits
+        lowest = (128 - int(format.bias)) << 23  # bits of the smallest normal
+        torch.bitwise_and(magnitude, 0x7F800000, out=c).clamp_(min=lowest).add_(drop << 23)
+        code = magnitude.view(torch.float32).add_(c.view(torch.float32)).view(torch.int32).sub_(c)
+        code.add_(c.sub_(lowest + (drop << 23)).bitwise_right_shift_(drop))
+    short = code.to(torch.uint8)
+    return short if sign is None else short.bitwise_or_(sign)  # s | eeemm
 
 
-def _nearest_power(format: FloatFormat, x: Tensor) -> Tensor:
+def _nearest_power(format: FloatFormat, bits: Tensor) -> Tensor:
     """The same for a format without mantissa, where a tie goes to the even code and not to the even significand."""
-    bits = x.contiguous().view(torch.int32) & 0x7FFFFFFF
     rebias = (127 - int(format.bias)) << 23
     code = bits - rebias
     code = (code + ((1 << 22) - 1) + ((code >> 23) & 1)) >> 23
-    magic = torch.tensor(2.0 ** (24 - int(format.bias)), device=x.device)
+    magic = torch.tensor(2.0 ** (24 - int(format.bias)), device=bits.device)
     low = (bits.view(torch.float32) + magic).view(torch.int32) - magic.view(torch.int32)
-    code = torch.where(bits < rebias + (1 << 23), low, code)
-    return code.clamp_(max=len(format._finite_magnitudes()) - 1).to(torch.uint8)
+    return torch.where(bits < rebias + (1 << 23), low, code).clamp_(max=len(format._finite_magnitudes()) - 1)
+
+
+def _float_bits(value: float) -> int:
+    (bits,) = struct.unpack("<i", struct.pack("<f", value))
+    return int(bits)
 
 
 def default_bias(ebits: int, specials: Specials = "none") -> int:

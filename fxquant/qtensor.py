@@ -20,7 +20,7 @@ from torch import Tensor
 from fxquant import packing
 from fxquant.errors import FormatError, WeightError
 from fxquant.grids import CodebookFormat
-from fxquant.scales import Clip, Scales, choose, chunks, dequantize, quantize
+from fxquant.scales import Clip, Ranges, Scales, choose, chunks, dequantize, extremes, quantize
 from fxquant.scheme import PerChannel, PerToken, QuantSpec, parse_spec
 
 
@@ -151,9 +151,11 @@ def quantize_tensor(
     text) for NaN, Inf, integers, no elements, a tensor with no dimension or no storage.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
-    check_weight(x, name)
+    _check_kind(x, name)
     matrix = to_matrix(x.detach(), spec, channel_dims)
-    scales = choose(matrix, spec, clip=clip, name=name)
+    ranges = extremes(matrix, spec.block(*matrix.shape))
+    _check_finite(x, ranges, name)
+    scales = choose(matrix, spec, clip=clip, name=name, ranges=ranges)
     codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
     for rows, part, own in chunks(matrix, scales, spec.block(*matrix.shape)[0]):
         codes[rows] = quantize(part, own, spec)
@@ -192,16 +194,19 @@ def from_matrix(matrix: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tens
     return matrix.reshape(moved).movedim(0, axis)
 
 
-def check_weight(x: Tensor, name: str) -> None:
-    """Raise a WeightError unless ``x`` is a tensor of finite floats with at least one row and one column."""
+def _check_kind(x: Tensor, name: str) -> None:
+    """Raise a WeightError unless ``x`` is a tensor of floats with at least one row and one column."""
     if not x.is_floating_point():
         raise WeightError(f"{name} has dtype {x.dtype}; only floating point weights can be quantized")
     if x.is_meta:
         raise WeightError(f"{name} is on the meta device and has no values; load the model's weights first")
     if x.dim() == 0 or x.numel() == 0:
         raise WeightError(f"{name} has shape {tuple(x.shape)}; a weight needs at least one row and one column")
-    low, high = torch.aminmax(x.detach())  # one pass: NaN and Inf show in the extremes
-    if bool(low.isfinite() & high.isfinite()):
+
+
+def _check_finite(x: Tensor, ranges: Ranges, name: str) -> None:
+    """Raise a WeightError where the extremes of its blocks show that ``x`` holds NaN or Inf."""
+    if all(bool(r.isfinite().all()) for r in ranges):
         return
     nan, bad = int(x.isnan().sum()), int((~x.isfinite()).sum())
     raise WeightError(

@@ -29,6 +29,8 @@ from fxquant.grids import CodebookFormat, FloatFormat
 from fxquant.scheme import Block, QuantSpec
 
 Clip = Literal["absmax", "mse"]
+Ranges = tuple[Tensor, Tensor]
+"""Minimum and maximum of every block."""
 CHUNK = 1 << 19
 """Elements that a pass over a matrix takes at a time, so that its intermediates stay in the cache."""
 CLIPS = tuple(2.0 ** (-i / 24) for i in range(37))
@@ -50,13 +52,16 @@ class Scales:
         return wide if self.tensor_scale is None else wide * self.tensor_scale
 
 
-def choose(matrix: Tensor, spec: QuantSpec, *, clip: Clip = "absmax", name: str = "tensor") -> Scales:
+def choose(
+    matrix: Tensor, spec: QuantSpec, *, clip: Clip = "absmax", name: str = "tensor", ranges: Ranges | None = None
+) -> Scales:
     """Scales for every block of ``[rows, cols]`` floats.
 
     ``absmax`` keeps the largest value of a block in range; ``mse`` tries smaller ranges (CLIPS) and keeps, block by
-    block, the one with the least squared error. Raises WeightError where a scale overflows its storage.
+    block, the one with the least squared error. ``ranges`` are the ``extremes`` of the blocks where they are known.
+    Raises WeightError where a scale overflows its storage.
     """
-    low, high = extremes(matrix, spec.block(*matrix.shape))
+    low, high = ranges or extremes(matrix, spec.block(*matrix.shape))
     if clip == "absmax":
         return _stored(matrix, low, high, spec, name)
     return _least_error(matrix, spec, (_stored(matrix, low, high, spec, name, part=c) for c in CLIPS))
@@ -220,7 +225,7 @@ def quantize(matrix: Tensor, scales: Scales, spec: QuantSpec) -> Tensor:
         ratio = x / spread(scales.effective.to(x.dtype), block, x.shape)
     if scales.zero_point is not None:
         ratio = torch.round(ratio) + spread(scales.zero_point.to(x.dtype), block, x.shape)
-    return spec.format.encode(ratio)
+    return spec.format.encode_(ratio)
 
 
 def dequantize(codes: Tensor, scales: Scales, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -244,7 +249,7 @@ def spread(scale: Tensor, block: Block, shape: tuple[int, ...] | torch.Size) -> 
     return scale
 
 
-def extremes(matrix: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def extremes(matrix: Tensor, block: Block) -> Ranges:
     """Minimum and maximum of every block, float32 or float64; NaN where a block holds one."""
     x = matrix if matrix.dtype == torch.float64 else matrix.float()
     return block_reduce(x, block, "min"), block_reduce(x, block, "max")
