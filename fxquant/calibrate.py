@@ -8,8 +8,9 @@ a later layer needs, of all batches; weights are decoded when they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -33,14 +34,82 @@ Calibration = Iterable[Any]
 
 @dataclass(frozen=True)
 class Statistics:
-    """``hessian`` = 2/n sum of x x^T (float32 ``[cols, cols]``) over the ``rows`` n that a layer was given.
+    """What a layer was given, in all batches; each figure is computed when it is first asked for.
 
-    ``drift`` = 2/n sum of (x_float - x) x^T, where asked for: how far x is from what the float model's layer is given.
+    ``inputs``: the layer's input, batch by batch; ``float_inputs``: what the float model's layer is given, where asked
+    for. ``cols`` are the columns of the layer's weight as a matrix, ``rows`` how many rows of them there are in all.
+    ``train`` and ``held_out`` are the batches to solve on and to judge on: every eighth batch is held out, none where
+    there are fewer than eight.
     """
 
-    hessian: Tensor
-    rows: int
-    drift: Tensor | None = None
+    node: fx.Node
+    inputs: Sequence[Tensor]
+    float_inputs: Sequence[Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the figures that were asked for."""
+        return sum(v.nbytes for v in vars(self).values() if isinstance(v, Tensor))
+
+    @property
+    def train(self) -> list[int]:
+        return [i for i in range(len(self.inputs)) if i not in set(self.held_out)]
+
+    @property
+    def held_out(self) -> list[int]:
+        return list(range(len(self.inputs)))[7::8]
+
+    def columns(self, batches: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """float32 ``[rows, cols]`` of each of ``batches``, by default of all."""
+        for i in range(len(self.inputs)) if batches is None else batches:
+            yield columns(self.node, self.inputs[i]).float()
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(len(x) for x in self.columns())
+
+    @cached_property
+    def hessian(self) -> Tensor:
+        """2/n sum of x x^T over the batches of ``train``, float32 ``[cols, cols]``."""
+        return self.moment(self.train)
+
+    @cached_property
+    def held_out_hessian(self) -> Tensor | None:
+        """The same over the batches of ``held_out``; None where there are none."""
+        return self.moment(self.held_out) if self.held_out else None
+
+    def moment(self, batches: Sequence[int]) -> Tensor:
+        """2/n sum of x x^T over ``batches``. CalibrationError where it overflows float32."""
+        total, rows = None, 0
+        for x in self.columns(batches):
+            rows += len(x)
+            total = x.t() @ x if total is None else total.addmm_(x.t(), x)
+        assert total is not None
+        if not bool(total.isfinite().all()):
+            path = info(self.node).path
+            raise CalibrationError(f"layer {path!r}: its inputs are too large, their squares overflow float32")
+        return total.mul_(2 / max(rows, 1))
+
+    @cached_property
+    def drift(self) -> Tensor | None:
+        """2/n sum of (x_float - x) x^T over ``train``: how far x is from what the float model's layer is given."""
+        if self.float_inputs is None:
+            return None
+        total, rows = torch.zeros(()), 0
+        for i, x in zip(self.train, self.columns(self.train), strict=True):
+            total = total + (columns(self.node, self.float_inputs[i]).float() - x).t() @ x
+            rows += len(x)
+        return total * (2 / max(rows, 1))
+
+    @cached_property
+    def absmax(self) -> Tensor:
+        """The largest magnitude of every column, float32 ``[cols]``."""
+        return torch.stack([x.abs().amax(0) for x in self.columns()]).amax(0)
+
+    @cached_property
+    def absmean(self) -> Tensor:
+        """The mean magnitude of every column, float32 ``[cols]``."""
+        return torch.stack([x.abs().sum(0) for x in self.columns()]).sum(0) / max(self.rows, 1)
 
 
 @dataclass
@@ -112,11 +181,10 @@ def walk(
             progress(what, total - len(left), total)
             key = _key(node)
             if key not in kept:
-                kept[key] = run.statistics(node, sum(s.hessian.nbytes for s in kept.values()))
-                if beside is not None:
-                    kept[key] = replace(kept[key], drift=run.drift(node, beside, kept[key].rows))
+                kept[key] = run.statistics(node, beside)
             left = left[1:]
             reached(node, kept[key])
+            run.account(sum(s.nbytes for s in kept.values()))
             kept = {k: s for k, s in kept.items() if any(_key(n) == k for n in left)}
         if not left:
             break
@@ -153,14 +221,18 @@ class _Walk:
     weights: str
     values: dict[fx.Node, list[Any]] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
+    constants: set[fx.Node] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.constants = _constants(self.gm.graph)
 
     def step(self, node: fx.Node, dead: Sequence[fx.Node]) -> None:
         """Compute ``node`` for every batch and drop what is read for the last time."""
         if node.op == "placeholder":
             at = [n for n in self.gm.graph.nodes if n.op == "placeholder"].index(node)
             self.values[node] = [batch[at] for batch in self.batches]
-        elif not _is_constant(node):
-            fixed = {n: self.constant(n) for n in node.all_input_nodes if _is_constant(n)}
+        elif node not in self.constants:
+            fixed = {n: self.constant(n) for n in node.all_input_nodes if n in self.constants}
             self.values[node] = [self.compute(node, i, fixed) for i in range(len(self.batches))]
             if not node.users:
                 del self.values[node]
@@ -185,35 +257,18 @@ class _Walk:
         fixed = {n: self.constant(n) for n in node.all_input_nodes}
         return self.compute(node, 0, fixed)  # type: ignore[no-any-return]
 
-    def statistics(self, node: fx.Node, kept: int) -> Statistics:
-        total, rows = None, 0
-        for x in self.values[_input(node)]:
-            seen = columns(node, x).float()
-            rows += len(seen)
-            total = seen.t() @ seen if total is None else total.addmm_(seen.t(), seen)
-        assert total is not None
-        if not bool(total.isfinite().all()):
-            self.complain(node)
-        self.usage.rows = self.usage.rows or rows
-        self.account(kept + total.nbytes)
-        return Statistics(total.mul_(2 / max(rows, 1)), rows)
-
-    def drift(self, node: fx.Node, other: _Walk, rows: int) -> Tensor:
-        total: Any = 0
-        for x, y in zip(self.values[_input(node)], other.values[_input(node)], strict=True):
-            seen = columns(node, x).float()
-            total = total + (columns(node, y).float() - seen).t() @ seen
-        return total * (2 / max(rows, 1))  # type: ignore[no-any-return]
-
-    def complain(self, node: fx.Node) -> None:
-        count = len(self.batches)
-        for i, x in enumerate(self.values[_input(node)]):
+    def statistics(self, node: fx.Node, other: _Walk | None) -> Statistics:
+        """What ``node`` is given, and what it is given in the walk ``other``. CalibrationError for NaN and Inf."""
+        inputs = list(self.values[_input(node)])
+        for i, x in enumerate(inputs):
             if bad := int((~x.isfinite()).sum()):
                 raise CalibrationError(
                     f"layer {info(node).path!r}: its input holds {bad} NaN or Inf among {x.numel()} values in "
-                    f"calibration batch {i} of {count}; the model or its data are broken before this layer"
+                    f"calibration batch {i} of {len(inputs)}; the model or its data are broken before this layer"
                 )
-        raise CalibrationError(f"layer {info(node).path!r}: its inputs are too large, their squares overflow float32")
+        found = Statistics(node, inputs, None if other is None else list(other.values[_input(node)]))
+        self.usage.rows = self.usage.rows or found.rows
+        return found
 
     def account(self, extra: int = 0) -> None:
         """Note how much is alive: storages counted once, weights not counted."""
@@ -226,11 +281,20 @@ class _Walk:
         self.usage.peak_bytes = max(self.usage.peak_bytes, sum(held.values()) + extra)
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether a node's value is the same for every batch: a tensor of the module, or a weight dequantized from some."""
-    return node.op == "get_attr" or (
-        node.target is ops.dequantize.default and all(n.op == "get_attr" for n in node.all_input_nodes)
-    )
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """Tensors of the module, and weights: what is computed from dequantized constants alone."""
+    tensors, weights = set[fx.Node](), set[fx.Node]()
+    for node in graph.nodes:
+        inputs = set(node.all_input_nodes)
+        if node.op == "get_attr":
+            tensors.add(node)
+        elif (
+            node.op == "call_function"
+            and inputs <= tensors | weights
+            and (node.target is ops.dequantize.default or inputs & weights)
+        ):
+            weights.add(node)
+    return tensors | weights
 
 
 # --- what a layer sums over -------------------------------------------------------------------------------------------

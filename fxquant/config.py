@@ -98,9 +98,16 @@ class RuleConfig(_Strict):
 
 
 class MethodOptions(_Strict):
-    """Options of a method; ``calibrated`` methods need data to run on."""
+    """Options of a method; ``calibrated`` methods need data to run on.
 
-    calibrated: ClassVar[bool] = False
+    ``on`` says what it works on: weights in ``float``, before they are quantized, or their ``codes`` afterwards.
+    """
+
+    on: ClassVar[Literal["float", "codes"]] = "codes"
+
+    @property
+    def calibrated(self) -> bool:
+        return False
 
 
 class GptqOptions(MethodOptions):
@@ -110,13 +117,16 @@ class GptqOptions(MethodOptions):
     ``float_targets``: with sequential inputs, aim at the outputs that the float model's layer has on its own inputs.
     """
 
-    calibrated: ClassVar[bool] = True
     act_order: StrictBool = True
     damp_percent: float = Field(0.01, ge=0, le=1)
     block_size: int = Field(128, ge=1)
     clip: Literal["absmax", "mse"] = "absmax"
     sequential: StrictBool = True
     float_targets: StrictBool = False
+
+    @property
+    def calibrated(self) -> bool:
+        return True
 
 
 METHODS: dict[str, type[MethodOptions]] = {"gptq": GptqOptions}
@@ -150,6 +160,11 @@ class Config(_Strict):
         for entry in value:
             for name, options in entry.items():
                 _method(name, options)
+        names = [name for entry in value for name in entry]
+        late = [i for i, name in enumerate(names) if METHODS[name].on == "codes"]
+        if late and (early := [name for name in names[late[0] :] if METHODS[name].on == "float"]):
+            raise ValueError(f"pass {early[0]!r} works on float weights and must come before {names[late[0]]!r}, "
+                             f"which works on their codes")  # fmt: skip
         return value
 
     def layer_rules(self) -> tuple[LayerRule, ...]:

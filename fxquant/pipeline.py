@@ -60,11 +60,13 @@ def compile(
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
     activations = [Stage(QUANTIZE_ACTIVATIONS, {"rules": rules})] if any(rule.activation for rule in rules) else []
+    methods = _methods(settings, program, calibration, progress)
     stages = [
+        *methods["float"],
         *activations,
         Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
         Stage(REMOVE_DEAD),
-        *_methods(settings, program, calibration, progress),
+        *methods["codes"],
         Stage(LOWER),
         Stage(REMOVE_DEAD),
     ]
@@ -76,13 +78,18 @@ METHODS = {GPTQ.name: GPTQ}
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
 
 
-def _methods(settings: Config, program: Program, calibration: Calibration | None, progress: Progress) -> list[Stage]:
-    """The methods a config asks for, in its order."""
+def _methods(
+    settings: Config, program: Program, calibration: Calibration | None, progress: Progress
+) -> dict[str, list[Stage]]:
+    """The methods a config asks for, in its order: those on float weights, and those on codes."""
     methods = settings.methods()
     needed = calibration is not None and any(options.calibrated for _, options in methods)
     batches = batches_of(calibration, program.signature) if needed and calibration is not None else []
-    given = {"calibration": batches, "progress": progress}
-    return [Stage(METHODS[name], {**options.model_dump(), **given}) for name, options in methods]
+    given = {"rules": settings.layer_rules(), "calibration": batches, "progress": progress}
+    stages: dict[str, list[Stage]] = {"float": [], "codes": []}
+    for name, options in methods:
+        stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **given}))
+    return stages
 
 
 def _check_calibration(settings: Config, calibration: Calibration | None) -> None:

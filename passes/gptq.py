@@ -35,7 +35,7 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
     short: list[tuple[int, int]] = []
 
     def reached(layer: fx.Node, seen: Statistics) -> None:
-        cols = len(seen.hessian)
+        cols = to_matrix(float_weight(gm, weight_of[layer]), quant_of(weight_of[layer]).spec).shape[1]
         if seen.rows < cols:
             short.append((seen.rows, cols))
             log.declined(RULE, layer, f"too little data: {seen.rows} rows of input for a weight of {cols} columns")
@@ -43,8 +43,9 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
         node = weight_of[layer]
         spec, value = quant_of(node).spec, float_weight(gm, node)
         found = solve(
-            to_matrix(value, spec), seen.hessian, spec, drift=seen.drift, name=quant_of(node).weight, **options
-        )
+            to_matrix(value, spec), seen.hessian, spec, drift=seen.drift, held_out=seen.held_out_hessian,
+            name=quant_of(node).weight, **options,
+        )  # fmt: skip
         if found.fell_back:
             log.declined(RULE, layer, f"it would be worse than round-to-nearest, which stays: {_change(found)}")
             return
@@ -84,8 +85,11 @@ def _layers(gm: fx.GraphModule, log: Log) -> dict[fx.Node, fx.Node]:
 
 def _change(found: Solution) -> str:
     """The output errors ||dW X|| / ||W X|| of round-to-nearest and of what was found."""
-    before, after = (math.sqrt(max(part, 0.0)) for part in (found.rtn_loss, found.loss))
-    return f"output error {before:.2%} -> {after:.2%}, damping {found.damping:g}"
+    before, after, held_before, held_after = (
+        math.sqrt(max(part, 0.0)) for part in (found.rtn_loss, found.loss, found.held_out_rtn, found.held_out)
+    )
+    held = "" if (before, after) == (held_before, held_after) else f" ({held_before:.2%} -> {held_after:.2%} held out)"
+    return f"output error {before:.2%} -> {after:.2%}{held}, damping {found.damping:g}"
 
 
 def _used(usage: Usage, batches: int) -> Rewrite:

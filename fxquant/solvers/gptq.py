@@ -15,7 +15,7 @@ the released code: a column whose input was always zero is rounded to nearest in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,18 +33,22 @@ MOST_DAMPING = 100.0
 class Solution:
     """What GPTQ found, and what round-to-nearest would have given; losses are parts of tr(W H W^T).
 
-    ``damping`` is the part of mean(diag H) that was added to H: ``damp_percent``, or more where a Cholesky factor
-    needed it. ``quantized`` is the round-to-nearest tensor where GPTQ's would be worse (``fell_back``).
+    ``loss`` is on the inputs that were solved for, ``held_out`` and ``held_out_rtn`` are on inputs that were not (the
+    same where there are none). ``damping`` is the part of mean(diag H) that was added to H: ``damp_percent``, or more
+    where a Cholesky factor needed it. ``quantized`` is the round-to-nearest tensor where GPTQ's would be worse on
+    either (``fell_back``).
     """
 
     quantized: QuantizedTensor
     loss: float
     rtn_loss: float
+    held_out: float
+    held_out_rtn: float
     damping: float
 
     @property
     def fell_back(self) -> bool:
-        return not self.loss <= self.rtn_loss
+        return not (self.loss <= self.rtn_loss and self.held_out <= self.held_out_rtn)
 
 
 def quantize_weight(
@@ -57,7 +61,7 @@ def quantize_weight(
 
 def solve(
     W: Tensor, H: Tensor, spec: QuantSpec, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 128,
-    clip: Clip = "absmax", drift: Tensor | None = None, name: str = "tensor",
+    clip: Clip = "absmax", drift: Tensor | None = None, held_out: Tensor | None = None, name: str = "tensor",
 ) -> Solution:  # fmt: skip
     """GPTQ of ``W [rows, cols]``, in float64 where W is, else in float32; never worse than round-to-nearest.
 
@@ -65,7 +69,8 @@ def solve(
     found when its first column is reached, on the updated columns (but scales under an outer scale, NVFP4 and M2, are
     always found before). ``damp_percent`` is a fraction: 0.01 adds 1 % of mean(diag H). ``block_size`` columns are
     updated at a time; it changes speed only. ``drift`` [cols, cols] = 2/n (X_float - X)^T X says how far the inputs are
-    from the float model's: W X_float is aimed at then, not W X (as in GPTAQ, 2504.02692).
+    from the float model's: W X_float is aimed at then, not W X (as in GPTAQ, 2504.02692). ``held_out`` is H of inputs
+    that are only used to judge the result.
 
     Raises WeightError for NaN or Inf in W, CalibrationError where H is not finite, symmetric in shape or positive.
     """
@@ -83,9 +88,12 @@ def solve(
     static = choose(wide, spec, clip=clip, name=name) if act_order or spec.kind.outer else None
     codes, scales = _feed_back(columns, U.to(wide.dtype), order, spec, static, block_size, clip, name)
     found = QuantizedTensor(codes, scales.scale, scales.zero_point, spec, tuple(W.shape), scales.tensor_scale)
-    whole = loss(wide, H) or 1.0
-    lost, rtn_lost = (loss(wide - q.dequantize(wide.dtype), H) / whole for q in (found, rtn))
-    return Solution(found if lost <= rtn_lost else rtn, lost, rtn_lost, damping)
+    measured = []
+    for moments in (H,) if held_out is None else (H, held_out):
+        whole = loss(wide, moments) or 1.0
+        measured += [loss(wide - q.dequantize(wide.dtype), moments) / whole for q in (found, rtn)]
+    solution = Solution(found, measured[0], measured[1], measured[-2], measured[-1], damping)
+    return replace(solution, quantized=rtn) if solution.fell_back else solution
 
 
 def correction(W: Tensor, drift: Tensor, order: Tensor, U: Tensor) -> Tensor:
