@@ -109,7 +109,7 @@ def _options(match: Match, *names: str) -> dict[str, Any]:
 
 def _lowered(match: Match, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """The packed operator, carrying the WeightQuant of the weight it absorbs."""
-    new = match.call(target, *args, **kwargs, **_options(match, "tensor_scale"))
+    new = match.call(target, *args, **kwargs, **_options(match, "tensor_scale", "exponent_bias"))
     update_info(new, weight=info(_dequantize(match)).weight)
     return new
 

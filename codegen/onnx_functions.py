@@ -25,15 +25,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from fxquant.codegen.onnx_builder import Arg, Builder, T, UnsupportedError
+from fxquant.codegen.onnx_builder import Arg, Builder, T, UnsupportedError, dims, rank
 from fxquant.codegen.onnx_elementwise import Converter, rows
 from fxquant.formats import Format, IntFormat
+from fxquant.grids import FloatFormat, midpoints
 from fxquant.ops import matrix_shape
 from fxquant.ops import operators as ops
 from fxquant.packing import planes
 from fxquant.qtensor import load_scale
-from fxquant.scales import Scales
-from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.scales import Scales, power_of_two
+from fxquant.scheme import PerGroup, PerTensor, QuantSpec, parse_spec
 
 DOMAIN, VERSION = "fxquant", 1
 
@@ -203,19 +204,52 @@ _CASTS = {"e4m3": T.FLOAT8E4M3FN, "e5m2": T.FLOAT8E5M2}
 
 
 def _fake_quantize_dynamic(f: Body, x: ir.Value) -> ir.Value:
-    """x rounded row by row: Cast saturates and rounds to even, integers by Round and Clip."""
+    """x rounded with the scale absmax / max of its last axis."""
     wide = f.op("Cast", x, to=int(T.FLOAT), dtype=T.FLOAT)
     absmax = f.op("ReduceMax", f.op("Abs", wide), f.axes(-1), keepdims=1)
     ideal = f.op("Div", absmax, f.const(f.format.max, T.FLOAT))
     scale = f.op("Where", f.op("Equal", ideal, f.const(0.0, T.FLOAT)), f.const(1.0, T.FLOAT), ideal)
-    ratio = f.op("Div", wide, scale)
-    if str(f.format) in _CASTS:
-        code = f.op("Cast", ratio, to=int(_CASTS[str(f.format)]), dtype=_CASTS[str(f.format)])
-        rounded = f.op("Cast", code, to=int(T.FLOAT), dtype=T.FLOAT)
-    else:
-        limit = f.format.max
-        rounded = f.op("Clip", f.op("Round", ratio), f.const(-limit, T.FLOAT), f.const(limit, T.FLOAT))
-    return f.op("CastLike", f.op("Mul", rounded, scale), x)
+    return f.op("CastLike", f.op("Mul", _rounded(f, f.op("Div", wide, scale)), scale), x)
+
+
+def _fake_quantize(f: Body, x: ir.Value, scale: ir.Value) -> ir.Value:
+    """x rounded with a given scale."""
+    wide = f.op("Cast", x, to=int(T.FLOAT), dtype=T.FLOAT)
+    return f.op("CastLike", f.op("Mul", _rounded(f, f.op("Div", wide, scale)), scale), x)
+
+
+def _rounded(f: Body, ratio: ir.Value) -> ir.Value:
+    """The nearest values of the grid, saturating. A Cast does it where the runtime has the format, Round and Clip for
+    integers; else Round counts steps of the binade that ratio lies in, a Where for each binade."""
+    format, limit = f.format, f.const(f.format.max, T.FLOAT)
+    if str(format) in _CASTS:
+        code = f.op("Cast", ratio, to=int(_CASTS[str(format)]), dtype=_CASTS[str(format)])
+        return f.op("Cast", code, to=int(T.FLOAT), dtype=T.FLOAT)
+    if not isinstance(format, FloatFormat):
+        return f.op("Clip", f.op("Round", ratio), f.const(-format.max, T.FLOAT), limit)
+    magnitude = f.op("Min", f.op("Abs", ratio), limit)
+    if format.mbits == 0:
+        return f.op("Mul", _nearest_power(f, format, magnitude), f.op("Sign", ratio))
+    step, binade = f.const(format.smallest, T.FLOAT), 2 * format.min_normal
+    while binade <= format.max:
+        inside = f.op("Less", magnitude, f.const(binade, T.FLOAT))
+        step = f.op("Where", inside, step, f.const(binade * 2.0**-format.mbits, T.FLOAT))
+        binade *= 2
+    return f.op("Mul", f.op("Mul", f.op("Round", f.op("Div", magnitude, step)), step), f.op("Sign", ratio))
+
+
+def _nearest_power(f: Body, format: FloatFormat, magnitude: ir.Value) -> ir.Value:
+    """The same without a mantissa: one Where for each boundary between two magnitudes, ties to the even code."""
+    grid = format.table()[: format.magnitudes]
+    grid = grid[grid.isfinite()]
+    even = torch.arange(1, len(grid)) % 2 == 0
+    found = f.const(0.0, T.FLOAT)
+    for boundary, value in zip(
+        midpoints(grid, upper_wins_tie=even, dtype=torch.float32).tolist(), grid[1:].tolist(), strict=True
+    ):
+        above = f.op("Greater", magnitude, f.const(boundary, T.FLOAT))
+        found = f.op("Where", above, f.const(value, T.FLOAT), found)
+    return found
 
 
 _BODIES: dict[str, tuple[Callable[..., ir.Value], tuple[str, ...], dict[str, ir.AttributeType]]] = {
@@ -226,6 +260,7 @@ _BODIES: dict[str, tuple[Callable[..., ir.Value], tuple[str, ...], dict[str, ir.
     "Dequantize": (_dequantize, ("packed", "scale", "zero_point"), _SHAPED),
     "DequantizeCodes": (_dequantize_codes, ("codes", "scale", "zero_point"), _SHAPED),
     "FakeQuantizeDynamic": (_fake_quantize_dynamic, ("x",), {}),
+    "FakeQuantize": (_fake_quantize, ("x", "scale"), {}),
 }
 
 
@@ -308,6 +343,14 @@ def _constant_tensor(value: ir.Value | None) -> torch.Tensor | None:
     return torch.from_numpy(array.astype(np.uint8 if array.dtype == np.uint8 else np.float32))
 
 
+def _powers(exponent: ir.Value, sign: int) -> torch.Tensor:
+    """2^(sign * exponent) of constant exponents, float32."""
+    if exponent.const_value is None:
+        raise UnsupportedError("exponent biases that are computed in the graph")
+    exponents = torch.from_numpy(exponent.const_value.numpy().astype(np.int32))
+    return power_of_two(exponents * sign)
+
+
 def _cols(packed: ir.Value, shape: Sequence[int]) -> int:
     if packed.shape is None or not isinstance(rows := packed.shape[0], int):
         raise UnsupportedError("packed weights with a dynamic number of rows")
@@ -316,7 +359,9 @@ def _cols(packed: ir.Value, shape: Sequence[int]) -> int:
 
 def linear_wq(b: Builder, x: ir.Value, packed: ir.Value, scale: ir.Value, zero_point: ir.Value | None,
               bias: ir.Value | None, spec: str, shape: Sequence[int], tensor_scale: ir.Value | None = None,
-              ) -> ir.Value:  # fmt: skip
+              exponent_bias: ir.Value | None = None) -> ir.Value:  # fmt: skip
+    if exponent_bias is not None:  # x (W 2^-b)^T = (x 2^-b) W^T, exactly
+        x = b.op("Mul", x, b.const(_powers(exponent_bias, -1).numpy(), b.dtype))
     inputs = [x, *_weight(b, packed, scale, zero_point, spec, tensor_scale)]
     if bias is None:
         return _call(b, "Linear", parse_spec(spec), inputs, _cols(packed, shape))
@@ -343,25 +388,77 @@ def embedding_wq(b: Builder, indices: ir.Value, packed: ir.Value, scale: ir.Valu
 def _dequantized(op: str) -> Converter:
     def convert(
         b: Builder, packed: ir.Value, scale: Arg, zero_point: Arg, spec: str, shape: Sequence[int],
-        tensor_scale: Arg = None, **_: Any,
+        tensor_scale: Arg = None, exponent_bias: Arg = None, **_: Any,
     ) -> ir.Value:  # fmt: skip
         inputs = _weight(b, packed, scale, zero_point, spec, tensor_scale)
         value = _call(b, op, parse_spec(spec), inputs, _cols(packed, shape), weight_shape=list(shape))
+        if exponent_bias is not None:
+            value = b.op("Mul", value, b.const(_powers(exponent_bias, -1).numpy(), T.FLOAT))
         return b.cast(value, b.dtype)
 
     return convert
 
 
-def fake_quantize_dynamic(b: Builder, x: ir.Value, spec: str) -> ir.Value:
+def fake_quantize_dynamic(
+    b: Builder, x: ir.Value, spec: str, exponent_bias: ir.Value | None = None, shifted: bool = False
+) -> ir.Value:
+    parsed = _activation_spec(spec)
+    if not isinstance(parsed.granularity, PerGroup):
+        return _shifted(b, x, exponent_bias, shifted, lambda y: _rounding(b, "FakeQuantizeDynamic", parsed, y))
+    width, size = dims(x)[-1], parsed.granularity.size
+    if not isinstance(width, int) or width % size:
+        raise UnsupportedError(f"activations in {spec} with {width} channels, which are not whole groups")
+
+    def by_group(y: ir.Value) -> ir.Value:
+        split = b.op("Reshape", y, b.const([*[0] * (rank(x) - 1), width // size, size]), dtype=b.dtype,
+                     shape=[*dims(x)[:-1], width // size, size])  # fmt: skip
+        done = _rounding(b, "FakeQuantizeDynamic", parsed, split)
+        return b.op("Reshape", done, b.const([*[0] * (rank(x) - 1), width]), dtype=b.dtype, shape=x.shape)
+
+    return _shifted(b, x, exponent_bias, shifted, by_group)
+
+
+def fake_quantize(
+    b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None, spec: str, tensor_scale: Arg = None,
+    exponent_bias: ir.Value | None = None, shifted: bool = False,
+) -> ir.Value:  # fmt: skip
+    parsed = _activation_spec(spec)
+    if not isinstance(parsed.granularity, PerTensor):
+        raise UnsupportedError(f"activations in {spec} with scales that are given; this exporter has one a tensor")
+    return _shifted(b, x, exponent_bias, shifted, lambda y: _rounding(b, "FakeQuantize", parsed, y, scale))
+
+
+def _activation_spec(spec: str) -> QuantSpec:
     parsed = parse_spec(spec)
-    signed = isinstance(parsed.format, IntFormat) and parsed.format.signed
-    if parsed.scale != "fp32" or not (str(parsed.format) in _CASTS or signed):
-        raise UnsupportedError(f"activations in {spec}; this exporter has e4m3, e5m2 and int<N>, with fp32 scales")
-    b.calls[("FakeQuantizeDynamic", parsed.format)] = frozenset()
-    return b.op(op_type("FakeQuantizeDynamic", parsed.format), x, domain=DOMAIN, dtype=b.dtype, shape=x.shape)
+    format = parsed.format
+    known = isinstance(format, FloatFormat) and isinstance(format.bias, int) and (
+        format.specials == "none" or str(format) in _CASTS
+    )  # fmt: skip
+    if parsed.scale != "fp32" or not (known or (isinstance(format, IntFormat) and format.signed)):
+        raise UnsupportedError(
+            f"activations in {spec}; this exporter has e4m3, e5m2, floats without NaN and int<N>, with fp32 scales"
+        )
+    return parsed
+
+
+def _rounding(b: Builder, op: str, spec: QuantSpec, x: ir.Value, *scale: ir.Value) -> ir.Value:
+    b.calls[(op, spec.format)] = frozenset()
+    return b.op(op_type(op, spec.format), x, *scale, domain=DOMAIN, dtype=b.dtype, shape=x.shape)
+
+
+def _shifted(
+    b: Builder, x: ir.Value, exponent_bias: ir.Value | None, shifted: bool, call: Callable[[ir.Value], ir.Value]
+) -> ir.Value:
+    """``call`` on x 2^bias; what it gives times 2^-bias, unless it is to stay ``shifted``."""
+    if exponent_bias is None:
+        return call(x)
+    up, down = (b.const(_powers(exponent_bias, sign).numpy(), b.dtype) for sign in (1, -1))
+    found = call(b.op("Mul", x, up))
+    return found if shifted else b.op("Mul", found, down)
 
 
 PACKED: dict[Any, Converter] = rows(
+    (fake_quantize, (ops.fake_quantize.default,)),
     (fake_quantize_dynamic, (ops.fake_quantize_dynamic.default,)),
     (linear_wq, (ops.linear_wq.default,)),
     (conv2d_wq, (ops.conv2d_wq.default,)),

@@ -166,7 +166,8 @@ def walk(
     """Call ``reached(layer, statistics)`` for every layer, in graph order, each just before it is computed.
 
     ``layers`` are nodes that ``why_not`` has nothing against. ``reached`` may write new codes for the layer's weight.
-    With ``weights="float"`` every layer is computed with its float weight, so that inputs are those of the float model.
+    With ``weights="float"`` every layer is computed with its float weight and activations are not rounded, so that
+    inputs are those of the float model.
     ``drift`` walks both models side by side, for ``Statistics.drift``.
     CalibrationError where a layer's input holds NaN or Inf, naming the layer and the batch.
     """
@@ -244,6 +245,8 @@ class _Walk:
         def value(n: fx.Node) -> Any:
             return fixed[n] if n in fixed else self.values[n][batch]
 
+        if self.weights == "float" and node.target in ROUNDINGS:
+            return value(_input(node))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -299,6 +302,8 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 # --- what a layer sums over -------------------------------------------------------------------------------------------
 _CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+ROUNDINGS = (ops.fake_quantize.default, ops.fake_quantize_dynamic.default)
+"""Nodes that round an activation; ``walk`` takes them as layers too, for the statistics of what they are given."""
 
 
 def why_not(node: fx.Node) -> str | None:
@@ -315,7 +320,7 @@ def why_not(node: fx.Node) -> str | None:
 
 def columns(node: fx.Node, x: Tensor) -> Tensor:
     """The layer's input as ``[rows, cols]``, cols as in the matrix view of its weight: a convolution's are unfolded."""
-    if node.target is aten.linear.default:
+    if node.target is aten.linear.default or node.target in ROUNDINGS:
         return x.reshape(-1, x.shape[-1])
     dims = _CONVOLUTIONS[node.target]
     kernel, stride, padding, dilation = _window(node, dims)
@@ -344,6 +349,6 @@ def _input(node: fx.Node) -> fx.Node:
 
 def _key(node: fx.Node) -> Any:
     """Layers with the same key see the same columns."""
-    if node.target is aten.linear.default:
+    if node.target not in _CONVOLUTIONS:
         return _input(node), None
     return _input(node), str(_window(node, _CONVOLUTIONS[node.target]))

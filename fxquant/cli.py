@@ -346,7 +346,7 @@ def _calibration(settings: Config, loaded: LoadedModel, path: Path | None) -> Te
     from fxquant.evaluate import calibration_windows
 
     text = _read(path)
-    if not any(options.calibrated for _, options in settings.methods()):
+    if settings.needs_data() is None:
         if text is not None:
             _note(f"no method of this config needs data: {path} is not used")
         return None

@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from fxquant.errors import ConfigError, near
-from fxquant.scheme import LayerRule, PerChannel, QuantSpec, parse_spec
+from fxquant.scheme import LayerRule, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, parse_spec
 
 
 class _Strict(BaseModel):
@@ -63,7 +63,9 @@ class RuleConfig(_Strict):
         min_length=1, description="glob over layer paths; * crosses dots; the first rule that matches wins"
     )
     weight: Weight | None = Field(None, description="format/granularity[:scale], such as e3m2/channel")
-    activation: str | None = Field(None, description="format/token: what the inputs of the layers are rounded to")
+    activation: str | None = Field(
+        None, description="format/token, format/group<N> or format/tensor: what the inputs of the layers are rounded to"
+    )
     keep: bool = Field(False, description="leave the layers in float")
     types: tuple[Literal["linear", "conv", "matmul", "embedding"], ...] | None = Field(
         None, description="only layers of these types; by default all but embeddings, unless match is an exact path"
@@ -79,10 +81,8 @@ class RuleConfig(_Strict):
     @field_validator("activation")
     @classmethod
     def _known_activation(cls, value: str | None) -> str | None:
-        if value is not None and not (spec := parse_spec(value)).dynamic:
-            raise ValueError(
-                f"activation {value!r} is not per token; expected <format>/token, such as {spec.format}/token"
-            )
+        if value is not None:
+            _check_activation_spec(value, parse_spec(value))
         return value
 
     @model_validator(mode="after")
@@ -129,7 +129,35 @@ class GptqOptions(MethodOptions):
         return True
 
 
-METHODS: dict[str, type[MethodOptions]] = {"gptq": GptqOptions}
+class PreShiftOptions(MethodOptions):
+    """LLM-FP4's pre-shifted exponent bias. ``max_shift``: the most for a channel; null: 2^E - 1 of the format."""
+
+    max_shift: int | None = Field(None, ge=0, le=64)
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+
+class SearchFormatsOptions(PreShiftOptions):
+    """LLM-FP4's search. ``steps`` clips over ``octaves`` below the largest magnitude, ``rounds`` of activation, weight.
+
+    ``formats``: all float formats of as many bits, or the same. ``float_targets``: weights make up for the rounding of
+    activations by least squares.
+    """
+
+    rounds: int = Field(3, ge=1, le=100)
+    steps: int = Field(100, ge=2, le=10_000)
+    octaves: float = Field(2.0, gt=0, le=16)
+    formats: Literal["all", "same"] = "all"
+    float_targets: StrictBool = False
+
+
+METHODS: dict[str, type[MethodOptions]] = {
+    "pre_shift": PreShiftOptions,
+    "search_formats": SearchFormatsOptions,
+    "gptq": GptqOptions,
+}
 """The passes a config may ask for, each with its options."""
 
 
@@ -170,6 +198,12 @@ class Config(_Strict):
     def layer_rules(self) -> tuple[LayerRule, ...]:
         return tuple(rule.rule() for rule in self.rules)
 
+    def needs_data(self) -> str | None:
+        """What in this config needs calibration data, None where nothing does."""
+        needy = [name for name, options in self.methods() if options.calibrated]
+        static = [rule.activation for rule in self.rules if rule.activation and parse_spec(rule.activation).static]
+        return needy[0] if needy else f"activation {static[0]!r}" if static else None
+
     def methods(self) -> tuple[tuple[str, MethodOptions], ...]:
         """The methods to run, in order, each with its options."""
         return tuple((name, _method(name, options)) for entry in self.passes for name, options in entry.items())
@@ -206,6 +240,18 @@ def _named_pass(value: Any) -> Any:
 def _check_weight_spec(spec: QuantSpec) -> None:
     if spec.dynamic or (isinstance(spec.granularity, PerChannel) and spec.granularity.axis):
         raise ValueError(f"{spec}: weights take tensor, channel, group<N> or block<R>x<C>")
+
+
+def _check_activation_spec(text: str, spec: QuantSpec) -> None:
+    if not isinstance(spec.granularity, (PerToken, PerGroup, PerTensor)):
+        raise ValueError(
+            f"activation {text!r}: activations take {spec.format}/token or {spec.format}/group<N>, whose scales are "
+            f"found when the model runs, or {spec.format}/tensor, one scale from calibration data"
+        )
+    if spec.kind.outer is not None:
+        raise ValueError(f"activation {text!r}: scales of activations are fp32, fp16, bf16, e8m0, e5m3 or m1")
+    if spec.has_zero_point and spec.static:
+        raise ValueError(f"activation {text!r}: static scales are symmetric; expected int<N> or a float format")
 
 
 def _spec_of(value: str | WeightConfig) -> QuantSpec:

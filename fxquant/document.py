@@ -45,7 +45,7 @@ from fxquant.encoding import (
 from fxquant.errors import FormatError
 from fxquant.graph import META, TensorType, info
 from fxquant.program import Program
-from fxquant.qtensor import QuantizedTensor, check_scale
+from fxquant.qtensor import QuantizedTensor, check_exponent_bias, check_scale
 from fxquant.rewrite import attach, get_attrs, identity, tensors
 from fxquant.targets import check_call, decode_target, encode_target
 
@@ -352,8 +352,9 @@ def check_weight(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
     if "shape" not in given:
         return
     key = "codes" if "codes" in given else "packed"
-    codes, scale, zero_point, outer = (
-        _constant(given.get(k), k, where, constants) for k in (key, "scale", "zero_point", "tensor_scale")
+    codes, scale, zero_point, outer, bias = (
+        _constant(given.get(k), k, where, constants)
+        for k in (key, "scale", "zero_point", "tensor_scale", "exponent_bias")
     )
     shape = _weight_shape(given["shape"], where)
     if "stride" in given:
@@ -364,7 +365,7 @@ def check_weight(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
     if not _fits(rows, shape, _ROWS_FIRST.get(schema.name.partition("::")[2])):
         raise MalformedError(f"{where}: {key} of {rows} rows do not make a weight of shape {list(shape)}")
     try:
-        _check_codes(QuantizedTensor(codes, scale, zero_point, spec, shape, outer), packed=key == "packed")
+        _check_codes(QuantizedTensor(codes, scale, zero_point, spec, shape, outer, bias), packed=key == "packed")
     except FormatError as error:
         raise MalformedError(f"{where}, weight {given[key].target!r}: {error}") from None
 
@@ -389,6 +390,7 @@ def _check_codes(q: QuantizedTensor, *, packed: bool) -> None:
             f"packed codes have shape {list(q.codes.shape)}; {q.spec} of {rows}x{cols} codes wants {list(want)}"
         )
     check_scale(q.scale, q.zero_point, q.spec, rows=rows, cols=cols, tensor_scale=q.tensor_scale)
+    check_exponent_bias(q.exponent_bias, cols)
 
 
 def _check_window(given: Mapping[str, Any], where: str) -> None:

@@ -15,7 +15,7 @@ from fxquant.ops import operators as ops
 from fxquant.program import Program
 from fxquant.rewrite import fetch
 
-_PARTS = ("packed", "scale", "zero_point", "tensor_scale")
+_PARTS = ("packed", "scale", "zero_point", "tensor_scale", "exponent_bias")
 
 
 class PackedWeight(nn.Module):
@@ -30,6 +30,7 @@ class PackedWeight(nn.Module):
     scale: Tensor
     zero_point: Tensor | None
     tensor_scale: Tensor | None
+    exponent_bias: Tensor | None
 
     def __init__(
         self, parts: Mapping[str, Tensor | None], *, spec: str, shape: tuple[int, ...], dtype: torch.dtype,
@@ -42,9 +43,7 @@ class PackedWeight(nn.Module):
 
     def decode(self) -> Tensor:
         """The parameter this stands for: its values rounded to the grid, its shape, ``dtype``."""
-        value: Tensor = ops.dequantize_packed(
-            *self.parts, self.spec, list(self.shape), tensor_scale=self.tensor_scale, dtype=self.dtype
-        )
+        value: Tensor = ops.dequantize_packed(*self.parts, self.spec, list(self.shape), **self.outer, dtype=self.dtype)
         return value.transpose(-1, -2) if self.transposed else value
 
     @property
@@ -53,7 +52,9 @@ class PackedWeight(nn.Module):
 
     @property
     def outer(self) -> dict[str, Tensor | None]:
-        return {"tensor_scale": self.tensor_scale}
+        """What lies above the scales, as the operators take it; biases of input channels only linears have."""
+        found = {"tensor_scale": self.tensor_scale, "exponent_bias": self.exponent_bias}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype

@@ -6,16 +6,18 @@ tested against this one. Ops on packed codes never see a float weight::
     quantize(x, scale, zp, spec)                        codes of x                               uint8 [rows, cols]
     dequantize(codes, scale, zp, spec, shape)           real values of logical shape             QDQ form of a weight
     fake_quantize(x, scale, zp, spec)                   dequantize(quantize(x)), straight-through gradient
-    fake_quantize_dynamic(x, spec)                      the same, scales found row by row        QDQ form of activations
+    fake_quantize_dynamic(x, spec)                      the same, scales found row by row
     dequantize_packed(packed, scale, zp, spec, shape)   real values of planar bytes              for any consumer
     linear_wq(x, packed, scale, zp, bias, spec, shape)  x @ W^T + bias,  W = dequantize_packed(...)
     conv2d_wq(x, packed, ..., stride, padding, dilation, groups)
     embedding_wq(indices, packed, scale, zp, spec, shape)   rows of W, only those that are asked for
 
 ``spec`` is a QuantSpec's text, ``shape`` the logical shape of the weight, ``zp`` a zero point or None, and
-``tensor_scale`` the scale of scales where the spec has one. Scales may be in their stored form (``store_scale``). W is
-decoded in float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one. Gradients
-flow to x and bias (codes have none); ``quantize`` followed by ``dequantize`` has no gradient, the fake forms have.
+``tensor_scale`` the scale of scales where the spec has one. Scales may be in their stored form (``store_scale``).
+``exponent_bias`` (int8, one a channel) is what LLM-FP4 moves from activations to weights: a weight's column is
+multiplied by 2^-bias; an activation's channel by 2^bias before it is rounded, and by 2^-bias after unless ``shifted``.
+W is decoded in float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one.
+Gradients flow to x and bias (codes have none); ``quantize`` then ``dequantize`` has no gradient, the fake forms have.
 """
 
 from __future__ import annotations
@@ -36,18 +38,22 @@ NAMESPACE = "fxquant"
 Shape = Sequence[int]
 Zero = Tensor | None
 Outer = Tensor | None
+Bias = Tensor | None
 DType = torch.dtype | None
 
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero_point"
 _OUTER = "Tensor? tensor_scale=None"
+_BIAS = "Tensor? exponent_bias=None"
+_SHIFT = f"{_BIAS}, bool shifted=False"
 _DTYPE = "*, ScalarType? dtype=None"
 SCHEMAS = (
     f"quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec, {_OUTER}) -> Tensor",
-    f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
-    f"fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec, {_OUTER}) -> Tensor",
-    "fake_quantize_dynamic(Tensor x, str spec) -> Tensor",
-    f"dequantize_packed({_WEIGHT}, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
-    f"linear_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, {_OUTER}) -> Tensor",
+    f"dequantize(Tensor codes, Tensor scale, Tensor? zero_point, str spec, int[] shape, {_OUTER}, {_BIAS}, {_DTYPE}) "
+    "-> Tensor",
+    f"fake_quantize(Tensor x, Tensor scale, Tensor? zero_point, str spec, {_OUTER}, {_SHIFT}) -> Tensor",
+    f"fake_quantize_dynamic(Tensor x, str spec, {_SHIFT}) -> Tensor",
+    f"dequantize_packed({_WEIGHT}, str spec, int[] shape, {_OUTER}, {_BIAS}, {_DTYPE}) -> Tensor",
+    f"linear_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, {_OUTER}, {_BIAS}) -> Tensor",
     f"conv2d_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, int[] stride, int[] padding, int[] dilation, "
     f"int groups, {_OUTER}) -> Tensor",
     f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
@@ -76,38 +82,42 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Zero, spec: str, tensor_scale
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None, *,
-    dtype: DType = None,
+    codes: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None,
+    exponent_bias: Bias = None, *, dtype: DType = None,
 ) -> Tensor:  # fmt: skip
     parsed = parse_spec(spec)
-    value = scales.dequantize(codes, _scales(scale, zero_point, tensor_scale, parsed), parsed, dtype or torch.float32)
+    given = _scales(scale, zero_point, tensor_scale, parsed)
+    value = qtensor.decode(codes, given, parsed, exponent_bias, dtype or torch.float32)
     return qtensor.from_matrix(value, parsed, tuple(shape))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Zero, spec: str, tensor_scale: Outer = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Zero, spec: str, tensor_scale: Outer = None, exponent_bias: Bias = None,
+    shifted: bool = False,
+) -> Tensor:  # fmt: skip
     parsed = parse_spec(spec)
     given = _scales(scale, zero_point, tensor_scale, parsed)
-    return scales.dequantize(scales.quantize(x, given, parsed), given, parsed, x.dtype)
+    return qtensor.fake_quantize(x, parsed, given, exponent_bias, shifted=shifted)
 
 
-def fake_quantize_dynamic(x: Tensor, spec: str) -> Tensor:
-    return qtensor.fake_quantize_dynamic(x, parse_spec(spec))
+def fake_quantize_dynamic(x: Tensor, spec: str, exponent_bias: Bias = None, shifted: bool = False) -> Tensor:
+    return qtensor.fake_quantize(x, parse_spec(spec), None, exponent_bias, shifted=shifted)
 
 
 def dequantize_packed(
-    packed: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None, *,
-    dtype: DType = None,
+    packed: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None,
+    exponent_bias: Bias = None, *, dtype: DType = None,
 ) -> Tensor:  # fmt: skip
     bits = parse_spec(spec).format.bits
     codes = packing.unpack(packed, packing.planar(bits), matrix_shape(shape, packed.shape[0])[1])
-    return dequantize(codes, scale, zero_point, spec, shape, tensor_scale=tensor_scale, dtype=dtype)
+    return dequantize(codes, scale, zero_point, spec, shape, tensor_scale, exponent_bias, dtype=dtype)
 
 
 def linear_wq(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str, shape: Shape,
-    tensor_scale: Outer = None,
+    tensor_scale: Outer = None, exponent_bias: Bias = None,
 ) -> Tensor:  # fmt: skip
-    weight = dequantize_packed(packed, scale, zero_point, spec, shape, tensor_scale=tensor_scale, dtype=x.dtype)
+    weight = dequantize_packed(packed, scale, zero_point, spec, shape, tensor_scale, exponent_bias, dtype=x.dtype)
     return F.linear(x, weight, bias)
 
 
@@ -173,13 +183,13 @@ def _fake_like_x(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_shape(codes: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None, *,
-                dtype: DType = None) -> Tensor:  # fmt: skip
+def _fake_shape(codes: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape: Shape, tensor_scale: Outer = None,
+                exponent_bias: Bias = None, *, dtype: DType = None) -> Tensor:  # fmt: skip
     return codes.new_empty(tuple(shape), dtype=dtype or torch.float32)
 
 
 def _fake_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str,
-                 shape: Shape, tensor_scale: Outer = None) -> Tensor:  # fmt: skip
+                 shape: Shape, tensor_scale: Outer = None, exponent_bias: Bias = None) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
@@ -213,53 +223,60 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.inputs = inputs
 
 
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
 def _inside_its_range(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """d fake_quantize / dx = 1 where x is inside the range of its scale, 0 where it was clipped."""
-    x, scale, zero_point, text, tensor_scale = ctx.inputs
+    x, scale, zero_point, text, tensor_scale, exponent_bias, shifted = ctx.inputs
     spec = parse_spec(text)
-    block = spec.block(*x.shape)
+    matrix = x.reshape(-1, x.shape[-1] if x.dim() else 1) if x.numel() else x.reshape(0, 1)
+    shift = None if exponent_bias is None else scales.power_of_two(exponent_bias, x.dtype)
+    if shift is not None:
+        matrix = matrix * shift
+        grad = grad * shift if shifted else grad
     given = _scales(scale, zero_point, tensor_scale, spec)
-    wide = scales.spread(given.effective.to(x.dtype), block, x.shape)
+    block = spec.block(*matrix.shape)
+    wide = scales.spread(given.effective.to(x.dtype), block, matrix.shape)
     if zero_point is None:
-        inside = x.abs() <= spec.format.max * wide
+        inside = matrix.abs() <= spec.format.max * wide
     else:
-        zero = scales.spread(zero_point.to(x.dtype), block, x.shape)
-        inside = (x >= -zero * wide) & (x <= (spec.format.max - zero) * wide)
-    return torch.where(inside, grad, torch.zeros_like(grad)), None, None, None, None
+        zero = scales.spread(zero_point.to(x.dtype), block, matrix.shape)
+        inside = (matrix >= -zero * wide) & (matrix <= (spec.format.max - zero) * wide)
+    return torch.where(inside.reshape(x.shape), grad, torch.zeros_like(grad)), None, None, None, None, None, None
+
+
+def _keep_shift(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.exponent_bias = inputs[2] if inputs[3] else None
 
 
 def _unchanged(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """A scale of the row's absolute maximum clips nothing, so d fake_quantize_dynamic / dx = 1."""
-    return grad, None
+    """A scale of the row's absolute maximum clips nothing: d fake_quantize_dynamic / dx = 1, or 2^bias if shifted."""
+    if ctx.exponent_bias is not None:
+        grad = grad * scales.power_of_two(ctx.exponent_bias, grad.dtype)
+    return grad, None, None, None
 
 
-def _decoded(ctx: Any, dtype: torch.dtype) -> Tensor:
+def _decoded(ctx: Any, dtype: torch.dtype, *above: Tensor | None) -> Tensor:
     _, packed, scale, zero_point, _, spec, shape = ctx.inputs[:7]
     return operators.dequantize_packed(  # type: ignore[no-any-return]
-        packed, scale, zero_point, spec, shape, ctx.inputs[-1], dtype=dtype
+        packed, scale, zero_point, spec, shape, *above, dtype=dtype
     )
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     bias, shape = ctx.inputs[4], ctx.inputs[6]
     grad_bias = grad.reshape(-1, shape[0]).sum(0) if bias is not None and ctx.needs_input_grad[4] else None
-    return grad @ _decoded(ctx, grad.dtype), None, None, None, grad_bias, None, None, None
+    return grad @ _decoded(ctx, grad.dtype, *ctx.inputs[7:]), None, None, None, grad_bias, None, None, None, None
 
 
 def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, bias, window = ctx.inputs[0], ctx.inputs[4], ctx.inputs[7:11]
-    grad_x = torch.nn.grad.conv2d_input(x.shape, _decoded(ctx, grad.dtype), grad, *window)  # type: ignore[attr-defined]
+    grad_x = torch.nn.grad.conv2d_input(x.shape, _decoded(ctx, grad.dtype, ctx.inputs[-1]), grad, *window)  # type: ignore[attr-defined]
     grad_bias = grad.sum((0, 2, 3)) if bias is not None and ctx.needs_input_grad[4] else None
     return grad_x, None, None, None, grad_bias, *[None] * 7
 
 
 for _name, _backward, _setup in (
     ("fake_quantize", _inside_its_range, _keep),
-    ("fake_quantize_dynamic", _unchanged, _keep_nothing),
+    ("fake_quantize_dynamic", _unchanged, _keep_shift),
     ("linear_wq", _linear_backward, _keep),
     ("conv2d_wq", _conv2d_backward, _keep),
 ):

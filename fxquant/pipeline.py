@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxquant import store
-from fxquant.calibrate import Calibration, batches_of
+from fxquant.calibrate import Batch, Calibration, batches_of
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel
@@ -23,8 +23,10 @@ from fxquant.modules import write_back
 from fxquant.passes.gptq import GPTQ
 from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.normalize import NORMALIZE
+from fxquant.passes.pre_shift import PRE_SHIFT
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
 from fxquant.passes.remove_dead import REMOVE_DEAD
+from fxquant.passes.search_formats import SEARCH_FORMATS
 from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
 from fxquant.signature import as_call
@@ -59,8 +61,9 @@ def compile(
     rules = settings.layer_rules()
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
-    activations = [Stage(QUANTIZE_ACTIVATIONS, {"rules": rules})] if any(rule.activation for rule in rules) else []
-    methods = _methods(settings, program, calibration, progress)
+    given = {"rules": rules, "calibration": _batches(settings, program, calibration), "progress": progress}
+    activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
+    methods = _methods(settings, given)
     stages = [
         *methods["float"],
         *activations,
@@ -74,30 +77,30 @@ def compile(
     return CompiledModel(program, settings)
 
 
-METHODS = {GPTQ.name: GPTQ}
+METHODS = {p.name: p for p in (PRE_SHIFT, SEARCH_FORMATS, GPTQ)}
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
 
 
-def _methods(
-    settings: Config, program: Program, calibration: Calibration | None, progress: Progress
-) -> dict[str, list[Stage]]:
+def _batches(settings: Config, program: Program, calibration: Calibration | None) -> list[Batch]:
+    """The calibration data as the graph takes it, nothing where no method needs any."""
+    if calibration is None or settings.needs_data() is None:
+        return []
+    return batches_of(calibration, program.signature)
+
+
+def _methods(settings: Config, given: Mapping[str, Any]) -> dict[str, list[Stage]]:
     """The methods a config asks for, in its order: those on float weights, and those on codes."""
-    methods = settings.methods()
-    needed = calibration is not None and any(options.calibrated for _, options in methods)
-    batches = batches_of(calibration, program.signature) if needed and calibration is not None else []
-    given = {"rules": settings.layer_rules(), "calibration": batches, "progress": progress}
     stages: dict[str, list[Stage]] = {"float": [], "codes": []}
-    for name, options in methods:
+    for name, options in settings.methods():
         stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **given}))
     return stages
 
 
 def _check_calibration(settings: Config, calibration: Calibration | None) -> None:
     """Raise a ConfigError where a method needs data and there is none."""
-    needy = [name for name, options in settings.methods() if options.calibrated]
-    if needy and calibration is None:
+    if (needy := settings.needs_data()) and calibration is None:
         raise ConfigError(
-            f"{needy[0]} needs calibration data; give calibration=batches, an iterable of inputs as the model takes "
+            f"{needy} needs calibration data; give calibration=batches, an iterable of inputs as the model takes "
             f"them, or token windows [n, length]: fxquant.evaluate.calibration_windows(tokenizer) makes some"
         )
 

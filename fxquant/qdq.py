@@ -10,13 +10,14 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from fxquant.graph import WeightQuant, info, update_info
+from fxquant.graph import TensorType, WeightQuant, info, set_info, update_info
 from fxquant.ops import operators as ops
 from fxquant.qtensor import QuantizedTensor
-from fxquant.rewrite import fetch
+from fxquant.rewrite import attach, detach, fetch, free_name, get_attr
+from fxquant.scheme import QuantSpec, parse_spec
 
-PARTS = ("codes", "scale", "zero_point", "tensor_scale")
-"""The tensors of a quantized weight, in the order of the operator's arguments."""
+PARTS = ("codes", "scale", "zero_point", "tensor_scale", "exponent_bias")
+"""The tensors of a quantized weight; the first three are arguments of the operator by position, the others by name."""
 
 
 def quantized_weights(gm: fx.GraphModule) -> list[fx.Node]:
@@ -40,12 +41,55 @@ def float_weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:
 
 def replace_weight(gm: fx.GraphModule, node: fx.Node, q: QuantizedTensor, method: str) -> None:
     """Write the codes and scales of ``q``, of the same spec, over those the node reads; ``method`` made them."""
-    operands = (*node.args[:3], node.kwargs.get("tensor_scale"))
+    operands = (*node.args[:3], *(node.kwargs.get(part) for part in PARTS[3:]))
     for operand, part in zip(operands, PARTS, strict=True):
         if isinstance(operand, fx.Node):
             fetch(gm, str(operand.target)).copy_(getattr(q, part))
     value = float_weight(gm, node)
     update_info(node, weight=replace(quant_of(node), method=method, error=weight_error(value, q)))
+
+
+def requantize(gm: fx.GraphModule, node: fx.Node, q: QuantizedTensor, method: str) -> None:
+    """Give the node the tensors and the spec of ``q`` in place of its own; ``method`` made them."""
+    for at, part in enumerate(PARTS):
+        value, old = getattr(q, part), node.args[at] if at < 3 else node.kwargs.get(part)
+        if value is None:
+            new = None
+        elif isinstance(old, fx.Node):
+            new = put(gm, old, value)
+        else:
+            new = place(gm, node, f"{quant_of(node).weight}_{part}", value)
+        if at < 3:
+            node.update_arg(at, new)
+        elif new is not None or part in node.kwargs:
+            node.update_kwarg(part, new)
+        if new is None and isinstance(old, fx.Node) and not old.users:
+            detach(gm, str(old.target))
+            gm.graph.erase_node(old)
+    node.update_arg(3, str(q.spec))
+    error = weight_error(float_weight(gm, node), q)
+    update_info(node, weight=replace(quant_of(node), spec=q.spec, method=method, error=error, nbytes=q.nbytes))
+
+
+def rounding_spec(node: fx.Node) -> QuantSpec:
+    """The spec of a node that rounds an activation."""
+    return parse_spec(str(node.args[3 if node.target is ops.fake_quantize.default else 1]))
+
+
+def put(gm: fx.GraphModule, read: fx.Node, value: Tensor) -> fx.Node:
+    """The constant that ``read`` reads, replaced by ``value``."""
+    detach(gm, str(read.target))
+    attach(gm, str(read.target), value)
+    set_info(read, replace(info(read), type=TensorType(value.dtype, tuple(value.shape))))
+    return read
+
+
+def place(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """A new constant, read in front of a node; ``name`` is made free."""
+    name = free_name(gm, name)
+    attach(gm, name, value)
+    with gm.graph.inserting_before(before):
+        return get_attr(gm.graph, name, value)
 
 
 def weight_error(value: Tensor, q: QuantizedTensor) -> float:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxquant import packing
 from fxquant.errors import FormatError, WeightError
 from fxquant.grids import CodebookFormat
-from fxquant.scales import Clip, Ranges, Scales, choose, chunks, dequantize, extremes, quantize
+from fxquant.scales import Clip, Ranges, Scales, choose, chunks, dequantize, extremes, power_of_two, quantize
 from fxquant.scheme import PerChannel, PerToken, QuantSpec, parse_spec
 
 
@@ -32,8 +32,9 @@ class QuantizedTensor:
     scale         spec.scale_dtype, spec.scale_shape(rows, cols), finite and > 0
     zero_point    uint8, the shape of scale, exactly where spec.has_zero_point; else None
     tensor_scale  float32, spec.outer_shape(rows): the scale of scales (NVFP4, M2); else None
-    real          = format.decode(codes) * scale * tensor_scale      (each scale spread over its block)
-                  = (codes - zero_point) * scale                     for unsigned integers
+    exponent_bias int8 [cols], -64..64, or None: of each input channel, above that of the format (LLM-FP4, section 4)
+    real          = format.decode(codes) * scale * tensor_scale * 2^-exponent_bias    (each spread over its block)
+                  = (codes - zero_point) * scale                                      for unsigned integers
     """
 
     codes: Tensor
@@ -42,6 +43,7 @@ class QuantizedTensor:
     spec: QuantSpec
     shape: tuple[int, ...]
     tensor_scale: Tensor | None = None
+    exponent_bias: Tensor | None = None
 
     def check(self) -> None:
         """Raise a FormatError that names the first broken invariant."""
@@ -51,6 +53,7 @@ class QuantizedTensor:
             raise FormatError(f"a code is {int(self.codes.max())}, but {self.spec} has {self.spec.format.bits} bits")
         rows, cols = self.codes.shape
         check_scale(self.scale, self.zero_point, self.spec, rows=rows, cols=cols, tensor_scale=self.tensor_scale)
+        check_exponent_bias(self.exponent_bias, cols)
 
     @property
     def scales(self) -> Scales:
@@ -77,11 +80,23 @@ class QuantizedTensor:
         rows, cols = self.codes.shape
         codes = math.prod(packing.packed_shape((rows, cols), packing.planar(self.spec.format.bits)))
         scale = self.scale.numel() if self.spec.kind.format is not None else self.scale.nbytes
-        return codes + scale + sum(t.nbytes for t in (self.zero_point, self.tensor_scale) if t is not None)
+        return (
+            codes
+            + scale
+            + sum(t.nbytes for t in (self.zero_point, self.tensor_scale, self.exponent_bias) if t is not None)
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real values, of ``shape``, in ``dtype``."""
-        return from_matrix(dequantize(self.codes, self.scales, self.spec, dtype), self.spec, self.shape)
+        return from_matrix(decode(self.codes, self.scales, self.spec, self.exponent_bias, dtype), self.spec, self.shape)
+
+
+def decode(codes: Tensor, given: Scales, spec: QuantSpec, exponent_bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Real values ``[rows, cols]`` of codes, each column j times ``2^-exponent_bias[j]``; rounded once to ``dtype``."""
+    if exponent_bias is None:
+        return dequantize(codes, given, spec, dtype)
+    inner = torch.float64 if dtype == torch.float64 else torch.float32
+    return (dequantize(codes, given, spec, inner) * power_of_two(-exponent_bias.int(), inner)).to(dtype)
 
 
 def check_scale(
@@ -127,6 +142,18 @@ def _check_tensor_scale(tensor_scale: Tensor | None, spec: QuantSpec, rows: int)
         raise FormatError("a tensor scale is not a positive finite number")
 
 
+def check_exponent_bias(exponent_bias: Tensor | None, cols: int) -> None:
+    """Raise a FormatError unless the exponent biases are int8, one for each of ``cols`` columns, in -64..64."""
+    if exponent_bias is None:
+        return
+    if exponent_bias.dtype != torch.int8 or tuple(exponent_bias.shape) != (cols,):
+        raise FormatError(
+            f"exponent bias is {exponent_bias.dtype} {tuple(exponent_bias.shape)}; wanted int8 ({cols},), one a column"
+        )
+    if bool((exponent_bias.int().abs() > 64).any()):
+        raise FormatError("an exponent bias lies outside -64..64")
+
+
 def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """Scales as stored: uint8 codes where the scale kind has a format of its own, else as they are."""
     return scale if spec.kind.format is None or scale.dtype == torch.uint8 else spec.kind.format.encode(scale)
@@ -162,16 +189,26 @@ def quantize_tensor(
     return QuantizedTensor(codes, scales.scale, scales.zero_point, spec, tuple(x.shape), scales.tensor_scale)
 
 
-def fake_quantize_dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
-    """Activations rounded to a grid whose scales are found row by row: x is ``[..., K]``, a row its last dimension.
+def fake_quantize(
+    x: Tensor, spec: QuantSpec, given: Scales | None, exponent_bias: Tensor | None = None, *, shifted: bool = False
+) -> Tensor:
+    """Activations ``[..., K]`` rounded to a grid, with the scales ``given`` or with such as are found row by row.
 
-    ``scale = absmax(row) / format.max`` for ``token``; a NaN makes its row NaN. ZeroQuant-FP, section 3.
+    ``exponent_bias`` (int8 ``[K]``) multiplies channel j by ``2^exponent_bias[j]`` before rounding, and by its inverse
+    afterwards unless ``shifted``. Where scales are found, ``scale = absmax(row) / format.max`` for ``token`` and a NaN
+    makes its row NaN. ZeroQuant-FP, section 3 (token-wise); LLM-FP4, section 4 (pre-shifted exponent bias).
     """
-    matrix = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(0, max(x.shape[-1], 1))
-    if not matrix.numel():
+    if not x.numel():
         return x.clone()
-    scales = choose(matrix, spec, name="activation")
-    return dequantize(quantize(matrix, scales, spec), scales, spec, x.dtype).reshape(x.shape)
+    matrix = x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    inner = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if exponent_bias is not None:
+        matrix = matrix.to(inner) * power_of_two(exponent_bias, inner)
+    scales = choose(matrix, spec, name="activation") if given is None else given
+    value = dequantize(quantize(matrix, scales, spec), scales, spec, inner)
+    if exponent_bias is not None and not shifted:
+        value = value * power_of_two(-exponent_bias.int(), inner)
+    return value.to(x.dtype).reshape(x.shape)
 
 
 def to_matrix(x: Tensor, spec: QuantSpec, channel_dims: int = 1) -> Tensor:

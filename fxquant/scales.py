@@ -131,15 +131,15 @@ def _round_log2(x: Tensor) -> Tensor:
 _LOG2: dict[str, Callable[[Tensor], Tensor]] = {"floor": _floor_log2, "ceil": _ceil_log2, "round": _round_log2}
 
 
-def _power(exponent: Tensor) -> Tensor:
-    """2^exponent in float32, exponents limited to E8M0's."""
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.clamp(-127, 127)).float()
+def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """2^exponent, exact; exponents limited to E8M0's."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.int().clamp(-127, 127)).to(dtype)
 
 
 def _powers(matrix: Tensor, absmax: Tensor, ideal: Tensor, spec: QuantSpec) -> Scales:
     if spec.rounding == "mse":
         low = _floor_log2(ideal)
-        scales = (Scales(_or_zero_block(_power(low + up), absmax, spec)) for up in (0, 1))
+        scales = (Scales(_or_zero_block(power_of_two(low + up), absmax, spec)) for up in (0, 1))
         return _least_error(matrix, spec, scales)
     if spec.scale == "e8m0" and spec.rounding in ("floor", "even"):
         top = int(torch.frexp(torch.tensor(spec.format.max, dtype=torch.float64)).exponent) - 1
@@ -149,7 +149,7 @@ def _powers(matrix: Tensor, absmax: Tensor, ideal: Tensor, spec: QuantSpec) -> S
             exponent = exponent + (torch.frexp(absmax).mantissa >= 1 - 2.0 ** -(mbits + 2)).to(exponent.dtype)
     else:
         exponent = _LOG2[spec.rounding](ideal)
-    return Scales(_or_zero_block(_power(exponent), absmax, spec))
+    return Scales(_or_zero_block(power_of_two(exponent), absmax, spec))
 
 
 def _or_zero_block(scale: Tensor, absmax: Tensor, spec: QuantSpec) -> Tensor:
@@ -166,8 +166,8 @@ def _relative_powers(matrix: Tensor, ideal: Tensor, part: float, spec: QuantSpec
     outer = outer.repeat_interleave(spec.block(*matrix.shape)[0], dim=0)[: matrix.shape[0]]
     if spec.rounding == "mse":
         low = _floor_log2(ratio)
-        return _least_error(matrix, spec, (Scales(_power(-(low + up)), tensor_scale=outer) for up in (0, 1)))
-    return Scales(_power(-_LOG2[spec.rounding](ratio)), tensor_scale=outer)
+        return _least_error(matrix, spec, (Scales(power_of_two(-(low + up)), tensor_scale=outer) for up in (0, 1)))
+    return Scales(power_of_two(-_LOG2[spec.rounding](ratio)), tensor_scale=outer)
 
 
 # --- the least error --------------------------------------------------------------------------------------------------

@@ -180,6 +180,11 @@ class QuantSpec:
         """Whether scales are found when a tensor is quantized, not before."""
         return isinstance(self.granularity, PerToken)
 
+    @property
+    def static(self) -> bool:
+        """Whether an activation of this spec has one scale, found on calibration data."""
+        return isinstance(self.granularity, PerTensor)
+
     def block(self, rows: int, cols: int) -> Block:
         """How many rows and columns of a ``[rows, cols]`` matrix share a scale."""
         return self.granularity.block(rows, cols)

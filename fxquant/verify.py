@@ -13,7 +13,7 @@ from fxquant.errors import FormatError, VerifyError
 from fxquant.graph import TensorType, info
 from fxquant.ops import is_op, matrix_shape
 from fxquant.ops import operators as ops
-from fxquant.qtensor import QuantizedTensor, check_scale
+from fxquant.qtensor import QuantizedTensor, check_exponent_bias, check_scale
 from fxquant.rewrite import fetch
 from fxquant.scheme import QuantSpec, parse_spec
 
@@ -57,17 +57,19 @@ def weight_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
     if node.op != "call_function" or at is None:
         return None
     bytes_, scale, zero_point = (_value(gm, a) for a in node.args[at : at + 3])
-    outer = _value(gm, node.kwargs.get("tensor_scale"))
+    outer, bias = (_value(gm, node.kwargs.get(k)) for k in ("tensor_scale", "exponent_bias"))
     spec, shape = _spec_and_shape(node)
     if bytes_ is None or scale is None:
         return None  # computed in the graph
     if node.target is ops.dequantize.default:
-        return _problem(QuantizedTensor(bytes_, scale, zero_point, spec, tuple(shape), outer).check)
+        return _problem(QuantizedTensor(bytes_, scale, zero_point, spec, tuple(shape), outer, bias).check)
     rows, cols = matrix_shape(shape, bytes_.shape[0])
     want = packing.packed_shape((rows, cols), packing.planar(spec.format.bits))
     if bytes_.dtype != torch.uint8 or tuple(bytes_.shape) != want:
         return f"packed weight is {bytes_.dtype} {tuple(bytes_.shape)}; {spec} of {shape} wants uint8 {want}"
-    return _problem(lambda: check_scale(scale, zero_point, spec, rows=rows, cols=cols, tensor_scale=outer))
+    return _problem(lambda: check_exponent_bias(bias, cols)) or _problem(
+        lambda: check_scale(scale, zero_point, spec, rows=rows, cols=cols, tensor_scale=outer)
+    )
 
 
 _WEIGHT_AT: dict[Any, int] = {
@@ -106,10 +108,27 @@ def operands_are_typed(gm: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
+def rounding_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """A rounded activation: one positive scale where it is static, an exponent bias for each channel where it has any."""
+    if node.op != "call_function" or node.target not in _ROUNDINGS:
+        return None
+    bias, x = _value(gm, node.kwargs.get("exponent_bias")), info(node).type
+    width = x.shape[-1] if isinstance(x, TensorType) and x.shape else None
+    if bias is not None and isinstance(width, int) and (broken := _problem(lambda: check_exponent_bias(bias, width))):
+        return broken
+    scale = _value(gm, node.args[1]) if node.target is ops.fake_quantize.default else None
+    if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+        return "a scale is not a positive finite number"
+    return None
+
+
+_ROUNDINGS = (ops.fake_quantize.default, ops.fake_quantize_dynamic.default)
+
 INVARIANTS: tuple[Invariant, ...] = (
     is_known_operation,
     name_is_identifier,
     constant_exists,
     weight_is_consistent,
+    rounding_is_consistent,
     operands_are_typed,
 )

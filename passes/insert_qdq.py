@@ -65,8 +65,7 @@ def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.N
                 attach(gm, name, tensor)
             parts.append(None if tensor is None else get_attr(graph, name, tensor))
         options: dict[str, Any] = {} if value.dtype == torch.float32 else {"dtype": value.dtype}
-        if parts[3] is not None:
-            options["tensor_scale"] = parts[3]
+        options |= {name: part for name, part in zip(PARTS[3:], parts[3:], strict=True) if part is not None}
         node = graph.call_function(ops.dequantize.default, (*parts[:3], str(spec), list(q.shape)), options)
     error, before = weight_error(value, q), layer.weight.nbytes
     weight = WeightQuant(layer.target, spec, "rtn", error, q.nbytes, before, layer.transposed)

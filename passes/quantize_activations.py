@@ -1,7 +1,9 @@
-"""quantize_activations: the inputs of layers rounded token by token, where a rule says so.
+"""quantize_activations: the inputs of layers rounded, where a rule says so.
 
-``linear(x, w)`` -> ``linear(fake_quantize_dynamic(x), w)``. Layers that read the same tensor under the same spec share
-one rounding. ZeroQuant-FP, section 3 (token-wise activations).
+``linear(x, w)`` -> ``linear(fake_quantize_dynamic(x), w)`` where scales are found when the model runs, for every token
+or every group of channels of a token (ZeroQuant-FP, section 3); ``linear(fake_quantize(x, scale), w)`` for one scale a
+tensor, of the largest magnitude in the calibration data. Layers that read the same tensor under the same spec share
+one rounding.
 """
 
 from __future__ import annotations
@@ -9,44 +11,78 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
+from fxquant.calibrate import Statistics, walk
 from fxquant.choice import choose
 from fxquant.graph import NodeInfo, info, set_info
 from fxquant.layers import Layer, find_layers, ties
 from fxquant.ops import operators as ops
-from fxquant.program import Pass, Program
-from fxquant.rewrite import Decline, Log
+from fxquant.program import Pass, Program, quiet
+from fxquant.rewrite import Decline, Log, attach, free_name, get_attr
+from fxquant.scales import choose as choose_scales
+from fxquant.scheme import QuantSpec
 
 RULE = "quantize_activation"
 
 
 def quantize_activations(program: Program, settings: Mapping[str, Any]) -> Log:
-    """``settings``: ``rules`` (LayerRules in order)."""
-    log, shared = Log(), dict[tuple[fx.Node, str], fx.Node]()
-    layers = find_layers(program.gm)
+    """``settings``: ``rules`` (LayerRules in order), ``progress``, and ``calibration`` where a spec is static."""
+    gm, log = program.gm, Log()
+    wanted = _wanted(gm, settings, log)
+    static = [layer.node for layer, spec in wanted if spec.static]
+    absmax = _ranges(gm, static, settings) if static else {}
+    shared = dict[tuple[fx.Node, str], fx.Node]()
+    for layer, spec in wanted:
+        x = layer.node.args[0]
+        assert isinstance(x, fx.Node)
+        if (x, str(spec)) not in shared:
+            shared[x, str(spec)] = _insert(gm, layer, x, spec, absmax.get(layer.node))
+        layer.node.args = (shared[x, str(spec)], *layer.node.args[1:])
+        log.rewrote(RULE, layer.node, str(spec))
+    return log
+
+
+def _wanted(gm: fx.GraphModule, settings: Mapping[str, Any], log: Log) -> list[tuple[Layer, QuantSpec]]:
+    """The layers whose inputs are rounded, each with the spec."""
+    layers, found = find_layers(gm), []
     tied = ties(layers)
     for layer in layers:
         rule = choose(layer, settings["rules"], tied.get(layer.name, [layer]))
         if isinstance(rule, Decline) or rule.activation is None:
             continue  # why a layer stays in float as a whole is said with its weight
         if layer.type != "linear":
-            log.declined(RULE, layer.node, f"token-wise activations are for linears; this is of type {layer.type}")
+            log.declined(RULE, layer.node, f"activations are rounded for linears; this is of type {layer.type}")
             continue
-        x, spec = layer.node.args[0], str(rule.activation)
-        assert isinstance(x, fx.Node)
-        if (x, spec) not in shared:
-            shared[x, spec] = _insert(program.gm.graph, layer, x, spec)
-        layer.node.args = (shared[x, spec], *layer.node.args[1:])
-        log.rewrote(RULE, layer.node, spec)
-    return log
+        found.append((layer, rule.activation))
+    return found
 
 
-def _insert(graph: fx.Graph, layer: Layer, x: fx.Node, spec: str) -> fx.Node:
+def _ranges(gm: fx.GraphModule, layers: list[fx.Node], settings: Mapping[str, Any]) -> dict[fx.Node, Tensor]:
+    """The largest magnitude of each layer's input, in all batches."""
+    found = dict[fx.Node, Tensor]()
+
+    def reached(layer: fx.Node, seen: Statistics) -> None:
+        found[layer] = seen.absmax.amax()
+
+    progress = settings.get("progress", quiet)
+    walk(gm, settings["calibration"], layers, reached, progress=progress, what="ranges of activations")
+    return found
+
+
+def _insert(gm: fx.GraphModule, layer: Layer, x: fx.Node, spec: QuantSpec, absmax: Tensor | None) -> fx.Node:
+    graph = gm.graph
     with graph.inserting_before(layer.node):
-        node = graph.call_function(ops.fake_quantize_dynamic.default, (x, spec))
+        if absmax is None:
+            node = graph.call_function(ops.fake_quantize_dynamic.default, (x, str(spec)))
+        else:
+            name = free_name(gm, f"{x.name}_scale")
+            scale = choose_scales(absmax.reshape(1, 1), spec, name=f"the input of {layer.name}").scale
+            attach(gm, name, scale)
+            given = get_attr(graph, name, scale)
+            node = graph.call_function(ops.fake_quantize.default, (x, given, None, str(spec)))
     set_info(node, NodeInfo(info(x).type, layer.name))
     return node
 
 
-QUANTIZE_ACTIVATIONS = Pass("quantize_activations", "round the inputs of layers token by token", quantize_activations)
+QUANTIZE_ACTIVATIONS = Pass("quantize_activations", "round the inputs of layers", quantize_activations)

@@ -61,7 +61,7 @@ def test_every_recipe_loads_by_name_in_any_case() -> None:
         ({"rules": [{"match": "*", "weight": "e3m2/row"}]}, "unknown granularity 'row'"),
         ({"rules": [{"match": "*"}]}, "needs a weight, an activation or keep: true"),
         ({"rules": [{"match": "*", "weight": "e3m2", "keep": True}]}, "needs a weight, an activation or keep: true"),
-        ({"rules": [{"match": "*", "weight": "e3m2", "activation": "e4m3/channel"}]}, "not per token"),
+        ({"rules": [{"match": "*", "weight": "e3m2", "activation": "e4m3/channel"}]}, "activations take e4m3.token or e4m3.group<N>"),
         ({"rules": [{"match": "*", "weight": "e3m2/token"}]}, "weights take tensor, channel"),
         ({"rules": [{"match": "*", "weight": "e3m2", "types": ["linaer"]}]}, "linear"),
         ({"rules": [{"match": "", "weight": "e3m2"}]}, "rules.0.match"),

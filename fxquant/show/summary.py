@@ -30,7 +30,7 @@ _LAYER_OPS: dict[Any, str] = {
     ops.embedding_wq.default: "embedding",
 }
 _DEQUANTIZE = (ops.dequantize.default, ops.dequantize_packed.default)
-_STORED = ("codes", "packed", "scale", "zero_point", "tensor_scale")
+_STORED = ("codes", "packed", "scale", "zero_point", "tensor_scale", "exponent_bias")
 _VIEWS = (
     aten.to.dtype, aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.index.Tensor,
     aten.index_select.default,
@@ -265,8 +265,11 @@ def _in_float(layer: Layer, reasons: dict[str, str], tied_to: str | None) -> Lay
 def _activation(layer: fx.Node) -> str | None:
     """The spec that the layer's input is rounded to."""
     first = layer.args[0] if layer.args else None
-    rounded = isinstance(first, fx.Node) and first.target is ops.fake_quantize_dynamic.default
-    return str(first.args[1]) if rounded else None  # type: ignore[union-attr]
+    if not isinstance(first, fx.Node):
+        return None
+    if first.target is ops.fake_quantize_dynamic.default:
+        return str(first.args[1])
+    return str(first.args[3]) if first.target is ops.fake_quantize.default else None
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ class Stories:
 
 
 _LINE = re.compile(r"%(?P<node>\S+) (?:: .*?)?= (?P<value>.*?)(?:  # (?P<path>\S+))?")
-_STORED = re.compile(r"(_t)?_(codes|packed|scale(_codes)?|zero_point|tensor_scale)(_\d+)?$")
+_STORED = re.compile(r"(_t)?_(codes|packed|scale(_codes)?|zero_point|tensor_scale|exponent_bias)(_\d+)?$")
 
 
 def _index(text: str) -> dict[str, list[tuple[int, str]]]:
