@@ -1,10 +1,12 @@
-"""What the rules of a config say of a layer, ties considered."""
+"""What the rules of a config say of a layer, ties considered; and which linears they quantize."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxquant.layers import Layer
+from torch import fx
+
+from fxquant.layers import Layer, find_layers, ties
 from fxquant.rewrite import Decline
 from fxquant.scheme import LayerRule, rule_for
 
@@ -24,6 +26,19 @@ def choose(layer: Layer, rules: Sequence[LayerRule], group: Sequence[Layer]) -> 
     if rule is None:
         return Decline("no rule matches this layer")
     return Decline(f"rule {rule.match!r} keeps it in float") if rule.keep else rule
+
+
+def taken_linears(gm: fx.GraphModule, rules: Sequence[LayerRule]) -> dict[fx.Node, list[Layer]]:
+    """The linears that ``rules`` quantize, weights or inputs, by the value that they read, in graph order."""
+    layers = find_layers(gm)
+    tied, found = ties(layers), dict[fx.Node, list[Layer]]()
+    for layer in layers:
+        x = layer.node.args[0]
+        if layer.type == "linear" and isinstance(x, fx.Node):
+            rule = choose(layer, rules, tied.get(layer.name, [layer]))
+            if not isinstance(rule, Decline):
+                found.setdefault(x, []).append(layer)
+    return found
 
 
 def _left_in_float(layer: Layer, rules: Sequence[LayerRule], untaken: Sequence[Layer]) -> Decline:

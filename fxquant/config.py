@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -22,7 +22,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    StrictBool,
     Tag,
     ValidationError,
     field_validator,
@@ -30,6 +29,7 @@ from pydantic import (
 )
 
 from fxquant.errors import ConfigError, near
+from fxquant.methods import METHODS, MethodOptions, method_options
 from fxquant.scheme import LayerRule, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, parse_spec
 
 
@@ -97,70 +97,6 @@ class RuleConfig(_Strict):
         return LayerRule(self.match, weight, activation, self.keep, self.types)
 
 
-class MethodOptions(_Strict):
-    """Options of a method; ``calibrated`` methods need data to run on.
-
-    ``on`` says what it works on: weights in ``float``, before they are quantized, or their ``codes`` afterwards.
-    """
-
-    on: ClassVar[Literal["float", "codes"]] = "codes"
-
-    @property
-    def calibrated(self) -> bool:
-        return False
-
-
-class GptqOptions(MethodOptions):
-    """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal; ``clip``: how scales are chosen.
-
-    ``sequential``: a layer's inputs come from the layers before it as they were refined, else from the float weights.
-    ``float_targets``: with sequential inputs, aim at the outputs that the float model's layer has on its own inputs.
-    """
-
-    act_order: StrictBool = True
-    damp_percent: float = Field(0.01, ge=0, le=1)
-    block_size: int = Field(128, ge=1)
-    clip: Literal["absmax", "mse"] = "absmax"
-    sequential: StrictBool = True
-    float_targets: StrictBool = False
-
-    @property
-    def calibrated(self) -> bool:
-        return True
-
-
-class PreShiftOptions(MethodOptions):
-    """LLM-FP4's pre-shifted exponent bias. ``max_shift``: the most for a channel; null: 2^E - 1 of the format."""
-
-    max_shift: int | None = Field(None, ge=0, le=64)
-
-    @property
-    def calibrated(self) -> bool:
-        return True
-
-
-class SearchFormatsOptions(PreShiftOptions):
-    """LLM-FP4's search. ``steps`` clips over ``octaves`` below the largest magnitude, ``rounds`` of activation, weight.
-
-    ``formats``: all float formats of as many bits, or the same. ``float_targets``: weights make up for the rounding of
-    activations by least squares.
-    """
-
-    rounds: int = Field(3, ge=1, le=100)
-    steps: int = Field(100, ge=2, le=10_000)
-    octaves: float = Field(2.0, gt=0, le=16)
-    formats: Literal["all", "same"] = "all"
-    float_targets: StrictBool = False
-
-
-METHODS: dict[str, type[MethodOptions]] = {
-    "pre_shift": PreShiftOptions,
-    "search_formats": SearchFormatsOptions,
-    "gptq": GptqOptions,
-}
-"""The passes a config may ask for, each with its options."""
-
-
 class Config(_Strict):
     """A whole config. ``rules`` are ordered; ``passes`` are methods by name, each with its options.
 
@@ -187,7 +123,7 @@ class Config(_Strict):
     def _known_passes(cls, value: tuple[dict[str, dict[str, Any]], ...]) -> tuple[dict[str, dict[str, Any]], ...]:
         for entry in value:
             for name, options in entry.items():
-                _method(name, options)
+                method_options(name, options)
         names = [name for entry in value for name in entry]
         late = [i for i, name in enumerate(names) if METHODS[name].on == "codes"]
         if late and (early := [name for name in names[late[0] :] if METHODS[name].on == "float"]):
@@ -206,27 +142,11 @@ class Config(_Strict):
 
     def methods(self) -> tuple[tuple[str, MethodOptions], ...]:
         """The methods to run, in order, each with its options."""
-        return tuple((name, _method(name, options)) for entry in self.passes for name, options in entry.items())
+        return tuple((name, method_options(name, options)) for entry in self.passes for name, options in entry.items())
 
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data, defaults left out."""
         return self.model_dump(mode="json", exclude_defaults=True)
-
-
-def _method(name: str, options: Mapping[str, Any]) -> MethodOptions:
-    """The options of the method ``name``; ValueError names an unknown method or option, or a value that is wrong."""
-    if name not in METHODS:
-        raise ValueError(f"unknown pass {name!r}{near(name, METHODS)}; expected one of {', '.join(METHODS)}")
-    known = METHODS[name].model_fields
-    for option in options:
-        if option not in known:
-            raise ValueError(f"pass {name!r}: unknown option {option!r}{near(option, known)}; expected one of "
-                             f"{', '.join(known)}")  # fmt: skip
-    try:
-        return METHODS[name].model_validate(options)
-    except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
-        raise ValueError(f"pass {name!r}: {told}") from error
 
 
 def _named_pass(value: Any) -> Any:
@@ -297,6 +217,12 @@ RECIPES: dict[str, Recipe] = {
         _uniform("MXFP8", "mxfp8", "OCP MXFP8 weights: E4M3 in blocks of 32, E8M0 scales"),
         _uniform("NVFP4", "nvfp4", "NVFP4 weights: E2M1 in blocks of 16, E4M3 scales under one fp32 scale"),
         _uniform("W4A16-NF4", "nf4", "NF4 weights in groups of 64"),
+        _uniform(
+            "W4A16-HIGGS",
+            "higgs4/group64",
+            "the Gaussian grid of HIGGS in groups of 64, after a rotation of each",
+            passes={"rotate": {"size": 64}},
+        ),
         _uniform("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
         _uniform("W8A16-INT", "int8/channel", "INT8 symmetric weights, one scale a row"),
     )

@@ -20,13 +20,16 @@ from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
+from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
 from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.normalize import NORMALIZE
 from fxquant.passes.pre_shift import PRE_SHIFT
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
 from fxquant.passes.remove_dead import REMOVE_DEAD
+from fxquant.passes.rotate import ROTATE
 from fxquant.passes.search_formats import SEARCH_FORMATS
+from fxquant.passes.smooth import SMOOTH
 from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
 from fxquant.signature import as_call
@@ -77,7 +80,7 @@ def compile(
     return CompiledModel(program, settings)
 
 
-METHODS = {p.name: p for p in (PRE_SHIFT, SEARCH_FORMATS, GPTQ)}
+METHODS = {method.name: method for method in (SMOOTH, ROTATE, PRE_SHIFT, SEARCH_FORMATS, GPTQ, FOLD_ACTIVATION_SCALES)}
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
 
 
@@ -126,8 +129,15 @@ def quantize_(
 
     Modules whose weight was quantized are replaced in place; what replaces them keeps their attributes and hooks, and
     decodes ``weight`` when it is read. ``example_inputs`` may be left out for Hugging Face models and others that have
-    ``dummy_inputs``. Returns the compiled model, for its report.
+    ``dummy_inputs``. Returns the compiled model, for its report. ConfigError for methods that change more of the graph
+    than codes, such as ``rotate``: modules cannot hold that.
     """
+    config = load_config(config)
+    if changing := [name for name, options in config.methods() if options.changes_graph]:
+        raise ConfigError(
+            f"{changing[0]} changes more of the graph than the codes of weights, which cannot be written back into "
+            f"modules; use fxquant.compile, or leave it out of passes"
+        )
     if example_inputs is None:
         example_inputs = default_inputs(model)
     compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from fxquant.dims import Dim, evaluate, names
 from fxquant.graph import ScalarType, TensorType, info, update_info
-from fxquant.layers import swaps_matrix
+from fxquant.layers import Layer, swaps_matrix
 from fxquant.ops import operators as ops
 from fxquant.qdq import float_weight, quant_of, weight_error
 from fxquant.qtensor import QuantizedTensor, load_scale, store_scale
@@ -50,7 +50,7 @@ class Fold:
 
     ``sources``: int64 [K], the channel of the constants that each channel of x comes from; ``channels``: how many the
     constants have. ``exact``: only powers of two can be folded, since codes have their scales multiplied.
-    ``plain``: x is the producer, a linear, in another shape at most: channels may be mixed there, not only scaled.
+    ``linear``: x is linear in a float linear's outputs, alike in all channels: they may be mixed, not only scaled.
     """
 
     gm: fx.GraphModule
@@ -60,12 +60,31 @@ class Fold:
     sources: Tensor
     channels: int
     exact: bool = False
-    plain: bool = False
+    linear: bool = False
 
     def merge(self, s: Tensor) -> Tensor:
         """``s`` [K] with channels of one source given the largest of their values."""
         most = s.new_zeros(self.channels).scatter_reduce(0, self.sources, s, "amax", include_self=False)
         return most[self.sources]
+
+    def can_mix(self, size: int) -> bool:
+        """Whether runs of ``size`` channels of x come from runs of channels, so that a matrix can be folded in."""
+        if not self.linear or len(self.sources) % size:
+            return False
+        runs = self.sources.reshape(-1, size)
+        starts = runs[:, 0].unique()
+        return torch.equal(runs, runs[:, :1] + torch.arange(size)) and bool((starts.diff() >= size).all())
+
+    def mix(self, matrix: Tensor) -> None:
+        """Edit constants so that every run of ``size`` channels of x becomes ``x_run @ matrix``, ``[size, size]``.
+
+        ValueError where ``can_mix(size)`` does not hold.
+        """
+        if not self.can_mix(len(matrix)):
+            raise ValueError(f"runs of {len(matrix)} channels of {self.x.name} are no runs of {self.producer.name}")
+        runs = self.sources.reshape(-1, len(matrix)).unique(dim=0)
+        for edit in self.edits:
+            mix_constant(self.gm, edit, matrix, runs)
 
     def apply(self, s: Tensor) -> None:
         """Edit constants so that x becomes ``x * s``; ``s``: floats [K], positive. It may be called again.
@@ -107,23 +126,25 @@ def plan_fold(gm: fx.GraphModule, x: fx.Node, *, readers: Collection[fx.Node] | 
     if isinstance(sources, Decline):
         return sources
     exact = any(_is_codes(edit.holder.args[edit.position]) for edit in edits)
-    plain = root.target is aten.linear.default and not exact and all(node.target in _RESHAPES for node in chain)
-    width = _concrete(root, {})[-1]
-    plain = plain and torch.equal(sources, torch.arange(width))
-    return Fold(gm, x, root, edits, sources, width, exact, plain)
+    linear = root.target is aten.linear.default and not exact
+    linear = linear and all(node.target in _MOVES or node.target in _PRODUCTS for node in chain)
+    return Fold(gm, x, root, edits, sources, _concrete(root, {})[-1], exact, linear)
+
+
+def columns_of(layer: Layer) -> Edit:
+    """The float weight of a linear, with the channels of its input: its columns."""
+    return Edit(layer.operand, 0, 0) if layer.transposed else Edit(layer.node, layer.position, 1)
 
 
 # --- the way up -------------------------------------------------------------------------------------------------------
-_RESHAPES = (
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default, aten.clone.default, aten.alias.default,
-)  # fmt: skip
 _SELECTS = (
     aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.chunk.default, aten.split.Tensor,
     aten.split_with_sizes.default, aten.unbind.int, operator.getitem,
 )  # fmt: skip
 _MOVES = (
-    *_RESHAPES, *_SELECTS, aten.transpose.int, aten.permute.default, aten.expand.default,
+    *_SELECTS, aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default, aten.clone.default,
+    aten.alias.default, aten.transpose.int, aten.permute.default, aten.expand.default,
     aten.repeat_interleave.self_int,
 )  # fmt: skip
 """Operators that move values and change none."""
@@ -321,7 +342,27 @@ def scale_constant(gm: fx.GraphModule, holder: fx.Node, position: int, factors: 
     if _is_codes(node):
         _scale_codes(gm, node, factors)
         return
-    value = _scaled(fetch(gm, str(node.target)), factors, axis)
+    _rewrite(gm, holder, position, _scaled(fetch(gm, str(node.target)), factors, axis))
+
+
+def mix_constant(gm: fx.GraphModule, edit: Edit, matrix: Tensor, runs: Tensor) -> None:
+    """Replace the channels ``runs`` (int64 ``[n, size]``) of a constant, along its axis, by ``channels @ matrix``.
+
+    Computed in float64 and rounded once. As in ``scale_constant``, nobody else sees it.
+    """
+    node = edit.holder.args[edit.position]
+    assert isinstance(node, fx.Node)
+    old = fetch(gm, str(node.target))
+    new = old.to(torch.float64, copy=True)  # the model's own memory is not written to
+    view = new.movedim(edit.axis, -1)
+    view[..., runs] = view[..., runs] @ matrix.double().to(old.device)
+    _rewrite(gm, edit.holder, edit.position, new.to(old.dtype))
+
+
+def _rewrite(gm: fx.GraphModule, holder: fx.Node, position: int, value: Tensor) -> None:
+    """Put ``value`` in the place of the constant that ``holder`` takes at ``position``, for ``holder`` alone."""
+    node = holder.args[position]
+    assert isinstance(node, fx.Node)
     if len(node.users) == 1 and not _read_elsewhere(gm, str(node.target), node):
         _exchange(gm, str(node.target), value)
         return

@@ -71,6 +71,16 @@ def requantize(gm: fx.GraphModule, node: fx.Node, q: QuantizedTensor, method: st
     update_info(node, weight=replace(quant_of(node), spec=q.spec, method=method, error=error, nbytes=q.nbytes))
 
 
+def quantized_of(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
+    """The quantized tensor that a dequantize node reads."""
+    operands = (*node.args[:3], *(node.kwargs.get(part) for part in PARTS[3:]))
+    codes, scale, zero, outer, bias = (fetch(gm, str(a.target)) if isinstance(a, fx.Node) else None for a in operands)
+    assert codes is not None
+    assert scale is not None
+    shape = tuple(node.args[4])  # type: ignore[arg-type]
+    return QuantizedTensor(codes, scale, zero, parse_spec(str(node.args[3])), shape, outer, bias)
+
+
 def rounding_spec(node: fx.Node) -> QuantSpec:
     """The spec of a node that rounds an activation."""
     return parse_spec(str(node.args[3 if node.target is ops.fake_quantize.default else 1]))

@@ -109,7 +109,7 @@ def operands_are_typed(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def rounding_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """A rounded activation: one positive scale where it is static, an exponent bias for each channel where it has any."""
+    """A rounded activation has a positive scale where it is static, and an exponent bias a channel where it has any."""
     if node.op != "call_function" or node.target not in _ROUNDINGS:
         return None
     bias, x = _value(gm, node.kwargs.get("exponent_bias")), info(node).type

@@ -6,9 +6,9 @@
  -> linear(fake_quantize(x 2^b), dequantize(w, exponent_bias=b))           x 2^b from the constants of x's producer
  -> linear(fake_quantize(x, exponent_bias=b, shifted=True), dequantize(w, exponent_bias=b))            where it has none
 
-Before, channel j was multiplied by 2^b_j, rounded, and divided again; now the weight's column j is divided. Powers of two
-move through products without rounding, so both graphs give the same numbers, bit for bit, in float64, and in float32 where
-nothing over- or underflows. LLM-FP4 (2310.16836), section 4.2.
+Before, channel j was multiplied by 2^b_j, rounded, and divided again; now the weight's column j is divided. Powers of
+two move through products without rounding, so both graphs give the same numbers, bit for bit, in float64, and in
+float32 where nothing over- or underflows. LLM-FP4 (2310.16836), section 4.2.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ MAY_IMPORT = {
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "hf": "top", "cli": "top",
-    "demo": "top", "examples": "pipeline",
+    "methods": "config", "demo": "top", "examples": "pipeline",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

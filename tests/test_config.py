@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fxquant import pipeline
-from fxquant.config import METHODS, RECIPES, Config, GptqOptions, load_config
+from fxquant.config import METHODS, RECIPES, Config, load_config
 from fxquant.errors import ConfigError
+from fxquant.methods import GptqOptions
 from fxquant.scheme import parse_spec
 
 SHORT = {"rules": [{"match": "*", "weight": "e2m1/group64"}]}
@@ -61,12 +62,15 @@ def test_every_recipe_loads_by_name_in_any_case() -> None:
         ({"rules": [{"match": "*", "weight": "e3m2/row"}]}, "unknown granularity 'row'"),
         ({"rules": [{"match": "*"}]}, "needs a weight, an activation or keep: true"),
         ({"rules": [{"match": "*", "weight": "e3m2", "keep": True}]}, "needs a weight, an activation or keep: true"),
-        ({"rules": [{"match": "*", "weight": "e3m2", "activation": "e4m3/channel"}]}, "activations take e4m3.token or e4m3.group<N>"),
+        (
+            {"rules": [{"match": "*", "weight": "e3m2", "activation": "e4m3/channel"}]},
+            "activations take e4m3.token or e4m3.group<N>",
+        ),
         ({"rules": [{"match": "*", "weight": "e3m2/token"}]}, "weights take tensor, channel"),
         ({"rules": [{"match": "*", "weight": "e3m2", "types": ["linaer"]}]}, "linear"),
         ({"rules": [{"match": "", "weight": "e3m2"}]}, "rules.0.match"),
         ({**SHORT, "passes": ["gtpq"]}, "unknown pass 'gtpq' .did you mean 'gptq'"),
-        ({**SHORT, "passes": [{"smooth": {"alpha": 8}}]}, "unknown pass 'smooth'; expected one of gptq"),
+        ({**SHORT, "passes": [{"smoth": {"alpha": 0.8}}]}, "unknown pass 'smoth' .did you mean 'smooth'"),
         ({**SHORT, "passes": [{"gptq": {"act_ordr": True}}]}, "unknown option 'act_ordr' .did you mean 'act_order'"),
         ({**SHORT, "passes": [{"gptq": {"damp_percent": -1}}]}, "damp_percent=-1: .*greater than or equal to 0"),
         ({**SHORT, "passes": [{"gptq": {"act_order": "no"}}]}, "act_order='no'"),

@@ -325,15 +325,37 @@ def test_codes_take_powers_of_two_within_the_range_of_their_scales() -> None:
     assert "share" in found.reason
 
 
-def test_only_a_linear_in_another_shape_may_have_its_channels_mixed() -> None:
+@pytest.mark.parametrize(("name", "size"), [("o", 4), ("o", 2), ("inner", 8)])
+def test_channels_behind_linear_operators_can_be_mixed(name: str, size: int) -> None:
+    """v -> o through grouped-query attention, head by head; and a linear right before another."""
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.block, self.outer, self.inner = Block(), nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.c(torch.relu(self.b(self.a(x).reshape(-1, 2, 8))))
+            return self.inner(self.outer(self.block(x)).reshape(-1, 2, 16))
 
-    program = program_of(Model(), torch.randn(4, 8, generator=G))
-    assert folded(program, "b").plain
-    assert not folded(program, "c").plain
+    x = torch.randn(2, 5, 16, generator=G).double()
+    program = program_of(Model().double(), x)
+    name = "block.o" if name == "o" else name
+    node, fold = linear(program, name).args[0], folded(program, name)
+    before = values(program, x)[node.name]
+    matrix = torch.linalg.qr(torch.randn(size, size, generator=G).double())[0]
+    fold.mix(matrix)
+    program.gm.recompile()
+    want = (before.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    assert torch.allclose(values(program, x)[node.name], want, atol=1e-12)
+
+
+def test_what_cannot_be_mixed() -> None:
+    x = torch.randn(2, 5, 16, generator=G)
+    program = program_of(Block(), x)
+    assert not folded(program, "o").can_mix(8)  # a run over two heads that share one
+    assert not folded(program, "o").can_mix(3)
+    assert not folded(program, "down").can_mix(2)  # every channel has a gate of its own
+    assert not folded(program, "q").can_mix(2)
+    assert not folded(program_of(Block(), x, "e2m1/channel"), "o").can_mix(2)
+    with pytest.raises(ValueError, match="no runs"):
+        folded(program, "down").mix(torch.eye(2))

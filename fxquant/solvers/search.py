@@ -149,10 +149,8 @@ def _root(H: Tensor, generator: torch.Generator) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise CalibrationError("the second moments of a layer's inputs are not positive semidefinite")
-    L = factor.float()
-    if len(L) > WIDTH:
-        L = L @ projection(len(L), generator)
-    return L
+    L: Tensor = factor.float()
+    return L if len(L) <= WIDTH else torch.mm(L, projection(len(L), generator))
 
 
 def _best_clips(W: Tensor, L: Tensor, spec: QuantSpec, steps: int, octaves: float) -> Tensor:

@@ -1,0 +1,139 @@
+"""The methods that a config may ask for, each with its options: what they are called, what they take, what they need.
+
+``docs/config.md`` explains them. The passes themselves are joined to these names in ``pipeline``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+
+from fxquant.errors import near
+
+
+class MethodOptions(BaseModel):
+    """Options of a method; ``calibrated`` methods need data to run on.
+
+    ``on`` says what it works on: weights in ``float``, before they are quantized, or their ``codes`` afterwards.
+    ``changes_graph``: what it makes is more than new codes, so that it cannot be written back into modules.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    on: ClassVar[Literal["float", "codes"]] = "codes"
+    changes_graph: ClassVar[bool] = False
+
+    @property
+    def calibrated(self) -> bool:
+        return False
+
+
+class GptqOptions(MethodOptions):
+    """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal; ``clip``: how scales are chosen.
+
+    ``sequential``: a layer's inputs come from the layers before it as they were refined, else from the float weights.
+    ``float_targets``: with sequential inputs, aim at the outputs that the float model's layer has on its own inputs.
+    """
+
+    act_order: StrictBool = True
+    damp_percent: float = Field(0.01, ge=0, le=1)
+    block_size: int = Field(128, ge=1)
+    clip: Literal["absmax", "mse"] = "absmax"
+    sequential: StrictBool = True
+    float_targets: StrictBool = False
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+
+class SmoothOptions(MethodOptions):
+    """SmoothQuant. ``alpha``: how much of the activations' range goes into the weights, 0 to 1."""
+
+    on = "float"
+    changes_graph = True
+
+    alpha: float = Field(0.5, ge=0, le=1)
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+
+class PreShiftOptions(MethodOptions):
+    """LLM-FP4's pre-shifted exponent bias. ``max_shift``: the most for a channel; null: 2^E - 1 of the format."""
+
+    changes_graph = True
+
+    max_shift: int | None = Field(None, ge=0, le=64)
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+
+class RotateOptions(MethodOptions):
+    """Hadamard rotation. ``size``: channels of a block, a power of two; None: the largest that fits, at most 128."""
+
+    on = "float"
+    changes_graph = True
+
+    size: int | None = Field(None, ge=2, le=1 << 15)
+    seed: int = 0
+
+    @field_validator("size")
+    @classmethod
+    def _power_of_two(cls, value: int | None) -> int | None:
+        if value is not None and value & (value - 1):
+            raise ValueError(f"{value} is no power of two; expected one such as 32, 64 or 128")
+        return value
+
+
+class SearchFormatsOptions(PreShiftOptions):
+    """LLM-FP4's search. ``steps`` clips over ``octaves`` below the largest magnitude, ``rounds`` of activation, weight.
+
+    ``formats``: all float formats of as many bits, or the same. ``float_targets``: weights make up for the rounding of
+    activations by least squares.
+    """
+
+    rounds: int = Field(3, ge=1, le=100)
+    steps: int = Field(100, ge=2, le=10_000)
+    octaves: float = Field(2.0, gt=0, le=16)
+    formats: Literal["all", "same"] = "all"
+    float_targets: StrictBool = False
+
+
+class FoldActivationScalesOptions(MethodOptions):
+    """Where the shifts of activations go: an ``exponent_bias`` of the weights, or their codes as ``e4m3``."""
+
+    changes_graph = True
+
+    into: Literal["exponent_bias", "e4m3"] = "exponent_bias"
+
+
+METHODS: dict[str, type[MethodOptions]] = {
+    "smooth": SmoothOptions,
+    "rotate": RotateOptions,
+    "pre_shift": PreShiftOptions,
+    "search_formats": SearchFormatsOptions,
+    "gptq": GptqOptions,
+    "fold_activation_scales": FoldActivationScalesOptions,
+}
+"""The passes a config may ask for, each with its options."""
+
+
+def method_options(name: str, options: Mapping[str, Any]) -> MethodOptions:
+    """The options of the method ``name``; ValueError names an unknown method or option, or a value that is wrong."""
+    if name not in METHODS:
+        raise ValueError(f"unknown pass {name!r}{near(name, METHODS)}; expected one of {', '.join(METHODS)}")
+    known = METHODS[name].model_fields
+    for option in options:
+        if option not in known:
+            raise ValueError(f"pass {name!r}: unknown option {option!r}{near(option, known)}; expected one of "
+                             f"{', '.join(known)}")  # fmt: skip
+    try:
+        return METHODS[name].model_validate(options)
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"pass {name!r}: {told}") from error
