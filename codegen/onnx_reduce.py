@@ -179,6 +179,12 @@ def normalized(op_type: str) -> Converter:
     return convert
 
 
+def safe_softmax(b: Builder, x: ir.Value, dim: int, *_: Any) -> ir.Value:
+    """softmax that gives 0 where every element is -inf."""
+    p = b.like("Softmax", b.cast(x, b.dtype), axis=dim)
+    return b.op("Where", b.op("IsNaN", p, dtype=T.BOOL), b.const(0, b.dtype), p, dtype=b.dtype)
+
+
 def top_k(b: Builder, x: ir.Value, k: Arg, dim: int = -1, largest: bool = True, in_order: bool = True) -> Any:
     values, positions = b.multi(2, "TopK", x, b.sizes([k]), axis=dim, largest=int(largest), sorted=int(in_order))
     positions.type = ir.TensorType(T.INT64)
@@ -227,6 +233,7 @@ REDUCE: dict[Any, Converter] = {
         (difference, (aten.diff.default,)),
         (histogram, (aten.histc.default,)),
         (normalized("Softmax"), (aten.softmax.int, aten._softmax.default)),
+        (safe_softmax, (aten._safe_softmax.default,)),
         (normalized("LogSoftmax"), (aten.log_softmax.int, aten._log_softmax.default)),
         (top_k, (aten.topk.default,)),
         (sort, (aten.sort.default,)),

@@ -102,6 +102,11 @@ class Statistics:
         return total * (2 / max(rows, 1))
 
     @cached_property
+    def largest(self) -> Tensor:
+        """The largest magnitude of all, float32 ``[]``."""
+        return torch.stack([x.abs().amax().float() for x in self.inputs]).amax()
+
+    @cached_property
     def absmax(self) -> Tensor:
         """The largest magnitude of every column, float32 ``[cols]``."""
         return torch.stack([x.abs().amax(0) for x in self.columns()]).amax(0)
@@ -302,6 +307,7 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 # --- what a layer sums over -------------------------------------------------------------------------------------------
 _CONVOLUTIONS = {aten.conv1d.default: 1, aten.conv2d.default: 2}
+_PROBES = (aten.alias.default,)
 ROUNDINGS = (ops.fake_quantize.default, ops.fake_quantize_dynamic.default)
 """Nodes that round an activation; ``walk`` takes them as layers too, for the statistics of what they are given."""
 
@@ -320,7 +326,7 @@ def why_not(node: fx.Node) -> str | None:
 
 def columns(node: fx.Node, x: Tensor) -> Tensor:
     """The layer's input as ``[rows, cols]``, cols as in the matrix view of its weight: a convolution's are unfolded."""
-    if node.target is aten.linear.default or node.target in ROUNDINGS:
+    if node.target is aten.linear.default or node.target in (*ROUNDINGS, *_PROBES):
         return x.reshape(-1, x.shape[-1])
     dims = _CONVOLUTIONS[node.target]
     kernel, stride, padding, dilation = _window(node, dims)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 
 from fxquant.errors import near
+from fxquant.scheme import parse_spec
 
 
 class MethodOptions(BaseModel):
@@ -59,6 +60,28 @@ class SmoothOptions(MethodOptions):
     @property
     def calibrated(self) -> bool:
         return True
+
+
+class QuantizeAttentionOptions(MethodOptions):
+    """The products of attention. ``spec``: what queries, keys, probabilities and values are rounded to."""
+
+    on = "float"
+    changes_graph = True
+
+    spec: str = "e4m3/tensor"
+
+    @field_validator("spec")
+    @classmethod
+    def _known_spec(cls, value: str) -> str:
+        spec = parse_spec(value)
+        if not (spec.static or spec.dynamic) or spec.kind.outer is not None or spec.has_zero_point:
+            raise ValueError(f"{value!r}: products of activations take <format>/tensor or <format>/token, such as "
+                             f"e4m3/tensor")  # fmt: skip
+        return value
+
+    @property
+    def calibrated(self) -> bool:
+        return parse_spec(self.spec).static
 
 
 class PreShiftOptions(MethodOptions):
@@ -115,6 +138,7 @@ class FoldActivationScalesOptions(MethodOptions):
 METHODS: dict[str, type[MethodOptions]] = {
     "smooth": SmoothOptions,
     "rotate": RotateOptions,
+    "quantize_attention": QuantizeAttentionOptions,
     "pre_shift": PreShiftOptions,
     "search_formats": SearchFormatsOptions,
     "gptq": GptqOptions,

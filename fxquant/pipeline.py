@@ -26,6 +26,7 @@ from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.normalize import NORMALIZE
 from fxquant.passes.pre_shift import PRE_SHIFT
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
+from fxquant.passes.quantize_attention import QUANTIZE_ATTENTION
 from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.passes.rotate import ROTATE
 from fxquant.passes.search_formats import SEARCH_FORMATS
@@ -80,7 +81,12 @@ def compile(
     return CompiledModel(program, settings)
 
 
-METHODS = {method.name: method for method in (SMOOTH, ROTATE, PRE_SHIFT, SEARCH_FORMATS, GPTQ, FOLD_ACTIVATION_SCALES)}
+METHODS = {
+    method.name: method
+    for method in (
+        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, FOLD_ACTIVATION_SCALES,
+    )
+}  # fmt: skip
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
 
 

@@ -1,4 +1,4 @@
-"""Weights in QDQ form: what a ``dequantize`` node stands for, and new codes for it.
+"""QDQ form: what a ``dequantize`` node stands for and new codes for it, and nodes that round activations.
 
 ``dequantize(codes, scale, zero_point, spec, shape)`` reads its tensors from the module, where the float weight stays
 too until lowering (``WeightQuant.weight``). Methods that refine codes read it here and write here.
@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
-from fxquant.graph import TensorType, WeightQuant, info, set_info, update_info
+from fxquant import scales
+from fxquant.graph import NodeInfo, TensorType, WeightQuant, info, set_info, update_info
 from fxquant.ops import operators as ops
 from fxquant.qtensor import QuantizedTensor
 from fxquant.rewrite import attach, detach, fetch, free_name, get_attr
@@ -79,6 +80,23 @@ def quantized_of(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
     assert scale is not None
     shape = tuple(node.args[4])  # type: ignore[arg-type]
     return QuantizedTensor(codes, scale, zero, parse_spec(str(node.args[3])), shape, outer, bias)
+
+
+def insert_rounding(
+    gm: fx.GraphModule, before: fx.Node, x: fx.Node, spec: QuantSpec, absmax: Tensor | None, path: str
+) -> fx.Node:
+    """A node in front of ``before`` that rounds ``x`` up to ``absmax``; None: its scales are found when it runs."""
+    graph = gm.graph
+    if absmax is None:
+        with graph.inserting_before(before):
+            node = graph.call_function(ops.fake_quantize_dynamic.default, (x, str(spec)))
+    else:
+        scale = scales.choose(absmax.reshape(1, 1), spec, name=f"an input of {path}").scale
+        given = place(gm, before, f"{x.name}_scale", scale)
+        with graph.inserting_before(before):
+            node = graph.call_function(ops.fake_quantize.default, (x, given, None, str(spec)))
+    set_info(node, NodeInfo(info(x).type, path))
+    return node
 
 
 def rounding_spec(node: fx.Node) -> QuantSpec:

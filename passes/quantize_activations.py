@@ -15,12 +15,10 @@ from torch import Tensor, fx
 
 from fxquant.calibrate import Statistics, walk
 from fxquant.choice import choose
-from fxquant.graph import NodeInfo, info, set_info
 from fxquant.layers import Layer, find_layers, ties
-from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
-from fxquant.rewrite import Decline, Log, attach, free_name, get_attr
-from fxquant.scales import choose as choose_scales
+from fxquant.qdq import insert_rounding
+from fxquant.rewrite import Decline, Log
 from fxquant.scheme import QuantSpec
 
 RULE = "quantize_activation"
@@ -37,7 +35,7 @@ def quantize_activations(program: Program, settings: Mapping[str, Any]) -> Log:
         x = layer.node.args[0]
         assert isinstance(x, fx.Node)
         if (x, str(spec)) not in shared:
-            shared[x, str(spec)] = _insert(gm, layer, x, spec, absmax.get(layer.node))
+            shared[x, str(spec)] = insert_rounding(gm, layer.node, x, spec, absmax.get(layer.node), layer.name)
         layer.node.args = (shared[x, str(spec)], *layer.node.args[1:])
         log.rewrote(RULE, layer.node, str(spec))
     return log
@@ -68,21 +66,6 @@ def _ranges(gm: fx.GraphModule, layers: list[fx.Node], settings: Mapping[str, An
     progress = settings.get("progress", quiet)
     walk(gm, settings["calibration"], layers, reached, progress=progress, what="ranges of activations")
     return found
-
-
-def _insert(gm: fx.GraphModule, layer: Layer, x: fx.Node, spec: QuantSpec, absmax: Tensor | None) -> fx.Node:
-    graph = gm.graph
-    with graph.inserting_before(layer.node):
-        if absmax is None:
-            node = graph.call_function(ops.fake_quantize_dynamic.default, (x, str(spec)))
-        else:
-            name = free_name(gm, f"{x.name}_scale")
-            scale = choose_scales(absmax.reshape(1, 1), spec, name=f"the input of {layer.name}").scale
-            attach(gm, name, scale)
-            given = get_attr(graph, name, scale)
-            node = graph.call_function(ops.fake_quantize.default, (x, given, None, str(spec)))
-    set_info(node, NodeInfo(info(x).type, layer.name))
-    return node
 
 
 QUANTIZE_ACTIVATIONS = Pass("quantize_activations", "round the inputs of layers", quantize_activations)

@@ -2,7 +2,8 @@
 
 The activation ``fake_quantize(x, scale)`` and the weights ``dequantize(codes, scale)`` of the linears that read it are
 searched in turn, in rounds: each time the one is looked for that keeps the layers' outputs best under the other. A
-pre-shifted activation gets its shifts anew for every candidate. LLM-FP4 (2310.16836), sections 3.2 and 4.
+pre-shifted activation gets its shifts anew for every candidate. Operands of attention's products are searched one by
+one, for the least error of their own. LLM-FP4 (2310.16836), sections 3.2 and 4.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from fxquant.solvers.search import (
 RULE = "search_formats"
 SAMPLE = 256
 """Rows that a candidate for an activation is tried on."""
+OPERANDS = 1 << 15
+"""Elements that a candidate for an operand of attention is tried on."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,15 @@ def search_formats(program: Program, settings: Mapping[str, Any]) -> Log:
     gm, log = program.gm, Log()
     groups = {group.rounding or group.layers[0]: group for group in _groups(gm, log)}
 
-    def reached(node: fx.Node, seen: Statistics) -> None:
-        _search(gm, groups[node], seen, settings, log)
+    operands = {n for n in gm.graph.nodes if n.target in ROUNDINGS and n not in groups and not _reads_weights(n)}
 
-    walk(gm, settings["calibration"], list(groups), reached, weights="float",
+    def reached(node: fx.Node, seen: Statistics) -> None:
+        if node in operands:
+            _search_operand(gm, node, seen, settings, log)
+        else:
+            _search(gm, groups[node], seen, settings, log)
+
+    walk(gm, settings["calibration"], [*groups, *operands], reached, weights="float",
          progress=settings.get("progress", quiet), what=RULE)  # fmt: skip
     return log
 
@@ -117,6 +125,23 @@ def _search(gm: fx.GraphModule, group: Group, seen: Statistics, settings: Mappin
     for layer, node, q, a, b in zip(group.layers, group.weights, found, before, after, strict=True):
         requantize(gm, node, replace(q, shape=tuple(float_weight(gm, node).shape)), RULE)
         log.rewrote(RULE, layer, f"{q.spec}, output error {math.sqrt(a):.2%} -> {math.sqrt(b):.2%}")
+
+
+def _reads_weights(node: fx.Node) -> bool:
+    return any(user.target is aten.linear.default for user in node.users)
+
+
+def _search_operand(gm: fx.GraphModule, node: fx.Node, seen: Statistics, settings: Mapping[str, Any], log: Log) -> None:
+    """The format and clip with the least squared error of an operand of attention, which is multiplied by no weight."""
+    rounding = _Rounding(gm, node, torch.ones(1), settings)
+    if not rounding_spec(node).static:
+        log.declined(RULE, node, "an operand of attention whose scales are found when it runs; its format stays")
+        return
+    per = max(OPERANDS // len(seen.inputs), 1)
+    x = torch.cat([x.flatten()[:: max(x.numel() // per, 1)].float() for x in seen.inputs])
+    x = torch.cat([x, seen.largest.reshape(1)]).unsqueeze(1)  # the clips start at the largest magnitude of all
+    rounding.search(x, torch.ones(1, 1), torch.Generator().manual_seed(0), again=False)
+    rounding.write(log)
 
 
 class _Rounding:
