@@ -129,6 +129,9 @@ class Config(_Strict):
         if late and (early := [name for name in names[late[0] :] if METHODS[name].on == "float"]):
             raise ValueError(f"pass {early[0]!r} works on float weights and must come before {names[late[0]]!r}, "
                              f"which works on their codes")  # fmt: skip
+        last = [i for i, name in enumerate(names) if METHODS[name].last]
+        if last and (early := [name for name in names[last[0] :] if not METHODS[name].last]):
+            raise ValueError(f"pass {names[last[0]]!r} makes up for what the others left and must come after {early[0]!r}")
         return value
 
     def layer_rules(self) -> tuple[LayerRule, ...]:
