@@ -315,7 +315,8 @@ ROUNDINGS = (ops.fake_quantize.default, ops.fake_quantize_dynamic.default)
 def solvable_layers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], list[tuple[fx.Node, str]]]:
     """The layers whose codes a method may choose anew, each with the dequantize node of its weight, and why not others.
 
-    Left out are layers that have no one Hessian, weights that several layers share, and factors of a compensation.
+    Left out are layers that have no one Hessian, weights that several layers share, weights with exponent biases, and
+    factors of a compensation.
     """
     found, declined = dict[fx.Node, fx.Node](), list[tuple[fx.Node, str]]()
     for node in quantized_weights(gm):
@@ -325,6 +326,8 @@ def solvable_layers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], list[tu
             reason = why_not(user)
             if quant_of(node).part_of:
                 reason = f"it is a factor of the compensation of {quant_of(node).part_of}"
+            elif node.kwargs.get("exponent_bias") is not None:
+                reason = "its weight has the shifts of its inputs folded in already"
             elif len(users) > 1:
                 reason = f"its weight is shared by {names}, which have inputs of their own"
             if reason is None:

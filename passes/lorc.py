@@ -83,8 +83,10 @@ def lorc(program: Program, settings: Mapping[str, Any]) -> Log:
         _remove(gm, branch)
     remove_unused(gm.graph)
     if short and len(short) == len(branches):
-        raise CalibrationError(f"too little calibration data for lorc with weighting hessian: {short[0]}; give more, or "
-                               f"take weighting act_rms or none")  # fmt: skip
+        raise CalibrationError(
+            f"too little calibration data for lorc with weighting hessian: {short[0]}; give more, or take weighting "
+            f"act_rms or none"
+        )
     return log
 
 

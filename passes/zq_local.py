@@ -1,6 +1,7 @@
 """zq_local: the codes of weights in QDQ form refined layer by layer, by gradient descent on the layer's output error.
 
-Starts from the codes that are there, round-to-nearest or GPTQ's. ``linear(x, dequantize(codes, scale))`` keeps its form.
+Starts from the codes that are there, round-to-nearest or GPTQ's. ``linear(x, dequantize(codes, scale))`` keeps its
+form; the codes get new values.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     P: the first ``rank`` left singular vectors of E A, values s;   U = P sqrt(s),   V = P^T E / sqrt(s)
 
 Since P has orthonormal columns, U V = P P^T E is the best there is for every invertible A: no inverse of A is needed.
-With A A^T = H = 2/n X^T X the error that is minimized is that of the layer's output. Both factors get the square root
-of the singular values, so that both quantize alike. ZeroQuant-V2 (2303.08302), section 4, with rank 8 and 8-bit factors;
+With A A^T = H = 2/n X^T X the error that is minimized is that of the layer's output. Both factors get the root of
+the singular values, so that both quantize alike. ZeroQuant-V2 (2303.08302), section 4, with rank 8 and 8-bit factors;
 the weighting by activations is that of LQER (2402.02446).
 """
 
@@ -60,8 +60,8 @@ def compensate(
     """The product of ``rank`` that is nearest to ``E [rows, cols]``, weighted by ``column_weight [cols]`` or by H.
 
     ``moments``: H [cols, cols] = 2/n X^T X; ``damp_percent`` of its mean diagonal is added, as GPTQ does. The norm of
-    the residual is the tail of the singular values of E (of the weighted E). Column weights that are zero count as the smallest
-    positive one. Raises ConfigError for a rank that E does not have.
+    the residual is the tail of the singular values of E (of the weighted E). Column weights that are zero count as the
+    smallest positive one. Raises ConfigError for a rank that E does not have.
     """
     if not 1 <= rank <= min(E.shape):
         raise ConfigError(f"rank {rank} of a {E.shape[0]}x{E.shape[1]} matrix; expected 1 to {min(E.shape)}")

@@ -6,8 +6,8 @@
     straight through: dW'/dL = 1, so  dloss/dL = -2 (T - W') H;   Adam moves the latent weights L, its rate falls to 0
 
 T is the weight, or with ``drift`` the weight whose outputs come nearest to the float model's. Rows do not depend on
-each other: each keeps its best iterate. The scales stay. ZeroQuant-V2 (2303.08302), section 3: distillation layer by layer,
-here on the Gram matrix of the inputs, so that a step costs the same whatever the amount of data.
+each other: each keeps its best iterate. The scales stay. ZeroQuant-V2 (2303.08302), section 3: distillation layer by
+layer, here on the Gram matrix of the inputs, so that a step costs the same whatever the amount of data.
 """
 
 from __future__ import annotations

@@ -211,5 +211,5 @@ def test_too_little_data() -> None:
 
 
 def test_it_comes_last() -> None:
-    with pytest.raises(ConfigError, match="pass 'lorc' makes up for what the others left and must come last"):
+    with pytest.raises(ConfigError, match="pass 'lorc' makes up for what the others left and must come after 'gptq'"):
         fxquant.compile(mlp(), (X,), config("lorc", "gptq"), calibration=BATCHES)
