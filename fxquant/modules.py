@@ -46,17 +46,21 @@ class PackedWeight(nn.Module):
         """The parameter this stands for: its values rounded to the grid, with U V where it has factors; ``dtype``."""
         value: Tensor = ops.dequantize_packed(*self.parts, self.spec, list(self.shape), **self.outer, dtype=self.dtype)
         if self.factors:
-            U, V = (factor.decode() for factor in self.factors)
-            value = value + U @ V
+            U, V = self._thin
+            value = value + U.decode() @ V.decode()
         return value.transpose(-1, -2) if self.transposed else value
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + bias``, the factors as two thin products."""
         y: Tensor = ops.linear_wq(x, *self.parts, bias, self.spec, list(self.shape), **self.outer)
         if self.factors:
-            U, V = self.factors
-            y = y + U.linear(V.linear(x))  # type: ignore[operator]
+            U, V = self._thin
+            y = y + U.linear(V.linear(x))
         return y
+
+    @property
+    def _thin(self) -> list[Any]:
+        return list(self.factors)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:

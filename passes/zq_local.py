@@ -56,7 +56,7 @@ def zq_local(program: Program, settings: Mapping[str, Any]) -> Log:
 
 def _start(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
     """The codes and scales that a dequantize node reads, as a matrix."""
-    operands = (*node.args[:3], node.kwargs.get("tensor_scale"))
+    operands = (*node.args[:3], *(node.kwargs.get(part) for part in PARTS[3:]))
     given = {
         part: None if operand is None else fetch(gm, str(operand.target))  # type: ignore[union-attr]
         for part, operand in zip(PARTS, operands, strict=True)

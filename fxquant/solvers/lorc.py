@@ -121,7 +121,8 @@ def solve(
     _, V_stored = found.quantize(spec)
     left = E - found.U @ V_stored.dequantize(wide.dtype)
     errors = []
-    for H in [H for H in (moments, held_out) if H is not None] or [None]:
+    measures: list[Tensor | None] = [H for H in (moments, held_out) if H is not None]
+    for H in measures or [None]:
         whole = _size(wide, H) or 1.0
         errors += [_size(part, H) / whole for part in (E, left)]
     return Solution(found, U_stored, V_stored, errors[0], errors[1], errors[-2], errors[-1])
@@ -144,9 +145,15 @@ def _leading(M: Tensor, rank: int) -> Tensor:
     value decomposition and many times as fast.
     """
     if M.shape[0] <= M.shape[1]:
-        return torch.linalg.eigh(M @ M.t()).eigenvectors[:, -rank:].flip(1)
-    right = torch.linalg.eigh(M.t() @ M).eigenvectors[:, -rank:].flip(1)
-    return torch.linalg.qr(M @ right).Q
+        return _last(M @ M.t(), rank)
+    found: Tensor = torch.linalg.qr(M @ _last(M.t() @ M, rank)).Q
+    return found
+
+
+def _last(M: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the largest eigenvalues, the largest first."""
+    vectors: Tensor = torch.linalg.eigh(M).eigenvectors
+    return vectors[:, -rank:].flip(1)
 
 
 def _positive(weight: Tensor | None, E: Tensor) -> Tensor:
