@@ -131,7 +131,9 @@ class Config(_Strict):
                              f"which works on their codes")  # fmt: skip
         last = [i for i, name in enumerate(names) if METHODS[name].last]
         if last and (early := [name for name in names[last[0] :] if not METHODS[name].last]):
-            raise ValueError(f"pass {names[last[0]]!r} makes up for what the others left and must come after {early[0]!r}")
+            raise ValueError(
+                f"pass {names[last[0]]!r} makes up for what the others left and must come after {early[0]!r}"
+            )
         return value
 
     def layer_rules(self) -> tuple[LayerRule, ...]:
@@ -221,12 +223,12 @@ RECIPES: dict[str, Recipe] = {
         _uniform(
             "W4A16-GPTQ-LoRC",
             "e2m1/group64",
-            "the same, and what is left given back by two thin INT8 factors of rank 8 a layer",
+            "W4A16-GPTQ, and two thin INT8 factors of rank 8 a layer that give back what is lost",
             passes={**_GPTQ, "lorc": {"float_targets": True}},
         ),
         _w4a8("W4A8-FP", "e2m1/group256", "FP4 E2M1 in groups of 256 by GPTQ, E4M3 inputs a token (ZeroQuant-FP)"),
-        _w4a8("W4A8-FP-M1", "e2m1/group256:m1", "the same, scales powers of two (M1)"),
-        _w4a8("W4A8-FP-M2", "e2m1/group256:m2", "the same, scales powers of two below one scale a row (M2)"),
+        _w4a8("W4A8-FP-M1", "e2m1/group256:m1", "W4A8-FP with scales that are powers of two (M1)"),
+        _w4a8("W4A8-FP-M2", "e2m1/group256:m2", "W4A8-FP with scales a power of two below one scale a row (M2)"),
         _uniform("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
         _uniform(
             "W8A8-FP8", "e4m3/channel", "FP8 E4M3 weights a row, FP8 E4M3 activations a token", activation="e4m3/token"
