@@ -21,8 +21,8 @@ from fxquant.errors import CalibrationError, InputError
 from fxquant.graph import info, tensor_type
 from fxquant.ops import operators as ops
 from fxquant.program import Progress, quiet
-from fxquant.qdq import float_weight
-from fxquant.rewrite import aten, fetch
+from fxquant.qdq import float_weight, quant_of, quantized_weights
+from fxquant.rewrite import Rewrite, aten, fetch
 from fxquant.signature import Signature, as_call
 
 Weights = Literal["quantized", "float"]
@@ -124,6 +124,11 @@ class Usage:
     rows: int = 0
     peak_bytes: int = 0
 
+    def rewrite(self, batches: int) -> Rewrite:
+        """The line of a pass's log that says how much data there was and what it took."""
+        detail = f"{self.rows} rows in {batches} batches, {self.peak_bytes / 2**20:.1f} MiB at most"
+        return Rewrite("calibrate", "", "", detail)
+
 
 # --- data -------------------------------------------------------------------------------------------------------------
 def batches_of(data: Calibration, signature: Signature) -> list[Batch]:
@@ -185,13 +190,13 @@ def walk(
     for node in [n for n in gm.graph.nodes if n in needed]:
         if left and node is left[0]:
             progress(what, total - len(left), total)
-            key = _key(node)
+            key = shared_input(node)
             if key not in kept:
                 kept[key] = run.statistics(node, beside)
             left = left[1:]
             reached(node, kept[key])
             run.account(sum(s.nbytes for s in kept.values()))
-            kept = {k: s for k, s in kept.items() if any(_key(n) == k for n in left)}
+            kept = {k: s for k, s in kept.items() if any(shared_input(n) == k for n in left)}
         if not left:
             break
         dead = [n for n in node.all_input_nodes if last_use.get(n) is node]
@@ -260,8 +265,9 @@ class _Walk:
         """A tensor of the module, or a weight decoded from its codes."""
         if node.op == "get_attr":
             return fetch(self.gm, str(node.target))
-        if self.weights == "float" and info(node).weight is not None:
-            return float_weight(self.gm, node)
+        if self.weights == "float" and (quant := info(node).weight) is not None:
+            value = float_weight(self.gm, node)
+            return torch.zeros_like(value) if quant.part_of else value  # the float model has no compensation
         fixed = {n: self.constant(n) for n in node.all_input_nodes}
         return self.compute(node, 0, fixed)  # type: ignore[no-any-return]
 
@@ -312,6 +318,31 @@ ROUNDINGS = (ops.fake_quantize.default, ops.fake_quantize_dynamic.default)
 """Nodes that round an activation; ``walk`` takes them as layers too, for the statistics of what they are given."""
 
 
+def solvable_layers(gm: fx.GraphModule) -> tuple[dict[fx.Node, fx.Node], list[tuple[fx.Node, str]]]:
+    """The layers whose codes a method may choose anew, each with the dequantize node of its weight, and why not others.
+
+    Left out are layers that have no one Hessian, weights that several layers share, weights with exponent biases, and
+    factors of a compensation.
+    """
+    found, declined = dict[fx.Node, fx.Node](), list[tuple[fx.Node, str]]()
+    for node in quantized_weights(gm):
+        users = list(node.users)
+        names = ", ".join(info(user).path or user.name for user in users)
+        for user in users:
+            reason = why_not(user)
+            if quant_of(node).part_of:
+                reason = f"it is a factor of the compensation of {quant_of(node).part_of}"
+            elif node.kwargs.get("exponent_bias") is not None:
+                reason = "its weight has the shifts of its inputs folded in already"
+            elif len(users) > 1:
+                reason = f"its weight is shared by {names}, which have inputs of their own"
+            if reason is None:
+                found[user] = node
+            else:
+                declined.append((user, reason))
+    return found, declined
+
+
 def why_not(node: fx.Node) -> str | None:
     """Why the inputs of a layer give no one Hessian for its weight; None where they do."""
     if node.target is aten.linear.default:
@@ -353,8 +384,8 @@ def _input(node: fx.Node) -> fx.Node:
     return found
 
 
-def _key(node: fx.Node) -> Any:
-    """Layers with the same key see the same columns."""
+def shared_input(node: fx.Node) -> Any:
+    """A key of what a layer is given: layers with the same key see the same columns."""
     if node.target not in _CONVOLUTIONS:
         return _input(node), None
     return _input(node), str(_window(node, _CONVOLUTIONS[node.target]))

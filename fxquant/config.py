@@ -129,6 +129,11 @@ class Config(_Strict):
         if late and (early := [name for name in names[late[0] :] if METHODS[name].on == "float"]):
             raise ValueError(f"pass {early[0]!r} works on float weights and must come before {names[late[0]]!r}, "
                              f"which works on their codes")  # fmt: skip
+        last = [i for i, name in enumerate(names) if METHODS[name].last]
+        if last and (early := [name for name in names[last[0] :] if not METHODS[name].last]):
+            raise ValueError(
+                f"pass {names[last[0]]!r} makes up for what the others left and must come after {early[0]!r}"
+            )
         return value
 
     def layer_rules(self) -> tuple[LayerRule, ...]:
@@ -191,7 +196,14 @@ def _uniform(
     name: str, weight: str, summary: str, *, activation: str | None = None, passes: Mapping[str, Any] | None = None
 ) -> Recipe:
     rule = RuleConfig(match="*", weight=weight, activation=activation)
-    return Recipe(name, summary, Config(rules=(rule,), passes=(dict(passes),) if passes else ()))
+    return Recipe(name, summary, Config(rules=(rule,), passes=tuple({k: v} for k, v in (passes or {}).items())))
+
+
+_GPTQ = {"gptq": {"float_targets": True}}
+
+
+def _w4a8(name: str, weight: str, summary: str) -> Recipe:
+    return _uniform(name, weight, summary, activation="e4m3/token", passes=_GPTQ)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -206,8 +218,17 @@ RECIPES: dict[str, Recipe] = {
             "W4A16-GPTQ",
             "e2m1/group64",
             "FP4 E2M1 weights in groups of 64, GPTQ that aims at the float model's outputs",
-            passes={"gptq": {"float_targets": True}},
+            passes=_GPTQ,
         ),
+        _uniform(
+            "W4A16-GPTQ-LoRC",
+            "e2m1/group64",
+            "W4A16-GPTQ, and two thin INT8 factors of rank 8 a layer that give back what is lost",
+            passes={**_GPTQ, "lorc": {"float_targets": True}},
+        ),
+        _w4a8("W4A8-FP", "e2m1/group256", "FP4 E2M1 in groups of 256 by GPTQ, E4M3 inputs a token (ZeroQuant-FP)"),
+        _w4a8("W4A8-FP-M1", "e2m1/group256:m1", "W4A8-FP with scales that are powers of two (M1)"),
+        _w4a8("W4A8-FP-M2", "e2m1/group256:m2", "W4A8-FP with scales a power of two below one scale a row (M2)"),
         _uniform("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
         _uniform(
             "W8A8-FP8", "e4m3/channel", "FP8 E4M3 weights a row, FP8 E4M3 activations a token", activation="e4m3/token"
@@ -225,6 +246,13 @@ RECIPES: dict[str, Recipe] = {
         ),
         _uniform("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
         _uniform("W8A16-INT", "int8/channel", "INT8 symmetric weights, one scale a row"),
+        _uniform(
+            "W8A8-INT",
+            "int8/channel",
+            "INT8 symmetric weights a row by GPTQ, INT8 activations a token",
+            activation="int8/token",
+            passes=_GPTQ,
+        ),
     )
 }
 """Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""

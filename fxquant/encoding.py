@@ -291,6 +291,7 @@ def encode_info(value: NodeInfo) -> Json:
             "weight": weight.weight, "spec": str(weight.spec), "method": weight.method,
             "error": encode_value(float(weight.error)), "nbytes": weight.nbytes, "float_nbytes": weight.float_nbytes,
             **({"transposed": True} if weight.transposed else {}),
+            **({"part_of": weight.part_of} if weight.part_of else {}),
         },
     }  # fmt: skip
     return {k: v for k, v in found.items() if v not in (None, "")}
@@ -309,15 +310,18 @@ def decode_info(value: Json, where: str) -> NodeInfo:
 
 
 def _decode_weight(value: Json, where: str) -> WeightQuant:
-    found = fields(value, where, ["weight", "spec", "method", "error", "nbytes", "float_nbytes"], ["transposed"])
+    names = ["weight", "spec", "method", "error", "nbytes", "float_nbytes"]
+    found = fields(value, where, names, ["transposed", "part_of"])
+    added = "part_of" in found
     return WeightQuant(
         weight=path(found["weight"], where),
         spec=decode_spec(found["spec"], where),
         method=text(found["method"], f"the method of {where}"),
         error=_positive(found["error"], f"the error of {where}"),
         nbytes=whole(found["nbytes"], f"the size of {where}", 0),
-        float_nbytes=whole(found["float_nbytes"], f"the size of {where}", 1),
+        float_nbytes=whole(found["float_nbytes"], f"the size of {where}", 0 if added else 1),
         transposed=found.get("transposed") is True,
+        part_of=path(found["part_of"], where) if added else "",
     )
 
 

@@ -44,7 +44,8 @@ class WeightQuant:
 
     ``weight`` names the float tensor, which stays on the module until lowering. ``error`` is ||W - W'|| / ||W||.
     ``nbytes`` is the packed size with scales, ``float_nbytes`` the size before. ``transposed``: the float tensor is
-    stored ``[..., in, out]``, the codes are those of its transpose.
+    stored ``[..., in, out]``, the codes are those of its transpose. ``part_of`` names the weight that this one was
+    added to, a factor of its compensation; the float model has no such weight, and ``float_nbytes`` is 0.
     """
 
     weight: str
@@ -54,6 +55,7 @@ class WeightQuant:
     nbytes: int
     float_nbytes: int
     transposed: bool = False
+    part_of: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,13 @@ class MethodOptions(BaseModel):
 
     ``on`` says what it works on: weights in ``float``, before they are quantized, or their ``codes`` afterwards.
     ``changes_graph``: what it makes is more than new codes, so that it cannot be written back into modules.
+    ``last``: it makes up for what the others left, so that only such methods may come after it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     on: ClassVar[Literal["float", "codes"]] = "codes"
     changes_graph: ClassVar[bool] = False
+    last: ClassVar[bool] = False
 
     @property
     def calibrated(self) -> bool:
@@ -39,7 +41,7 @@ class GptqOptions(MethodOptions):
 
     act_order: StrictBool = True
     damp_percent: float = Field(0.01, ge=0, le=1)
-    block_size: int = Field(128, ge=1)
+    block_size: int = Field(32, ge=1)
     clip: Literal["absmax", "mse"] = "absmax"
     sequential: StrictBool = True
     float_targets: StrictBool = False
@@ -131,8 +133,44 @@ class FoldActivationScalesOptions(MethodOptions):
     """Where the shifts of activations go: an ``exponent_bias`` of the weights, or their codes as ``e4m3``."""
 
     changes_graph = True
+    last = True
 
     into: Literal["exponent_bias", "e4m3"] = "exponent_bias"
+
+
+class LorcOptions(MethodOptions):
+    """LoRC. ``factors``: the spec that U and V are stored in; ``weighting``: what the error is measured by.
+
+    ``none`` is the weight's own error, as the paper has it; ``act_rms`` weights columns by their inputs, ``hessian`` is
+    the error of the output. ``damp_percent``, ``sequential`` and ``float_targets`` as for GPTQ.
+    """
+
+    last = True
+
+    rank: int = Field(8, ge=1)
+    factors: Literal["int8/channel", "e4m3/channel"] = "int8/channel"
+    weighting: Literal["none", "act_rms", "hessian"] = "hessian"
+    damp_percent: float = Field(0.01, ge=0, le=1)
+    sequential: StrictBool = True
+    float_targets: StrictBool = False
+
+    @property
+    def calibrated(self) -> bool:
+        return self.weighting != "none" or self.float_targets
+
+
+class ZqLocalOptions(MethodOptions):
+    """ZQ-Local. ``learning_rate`` is in units of a weight's scale; the others as for GPTQ."""
+
+    iterations: int = Field(64, ge=1)
+    learning_rate: float = Field(0.01, gt=0)
+    damp_percent: float = Field(0.01, ge=0, le=1)
+    sequential: StrictBool = True
+    float_targets: StrictBool = False
+
+    @property
+    def calibrated(self) -> bool:
+        return True
 
 
 METHODS: dict[str, type[MethodOptions]] = {
@@ -142,6 +180,8 @@ METHODS: dict[str, type[MethodOptions]] = {
     "pre_shift": PreShiftOptions,
     "search_formats": SearchFormatsOptions,
     "gptq": GptqOptions,
+    "zq_local": ZqLocalOptions,
+    "lorc": LorcOptions,
     "fold_activation_scales": FoldActivationScalesOptions,
 }
 """The passes a config may ask for, each with its options."""

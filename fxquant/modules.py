@@ -23,7 +23,7 @@ class PackedWeight(nn.Module):
 
     ``dtype`` is what it decodes to. A cast of the module (``model.half()``) changes that and leaves the buffers, whose
     dtypes belong to the spec, as they are. ``transposed`` says that the parameter it stands for has its last two
-    dimensions in the other order.
+    dimensions in the other order. ``factors``, U and V, are added to the weight as their product: what LoRC found.
     """
 
     packed: Tensor
@@ -34,17 +34,33 @@ class PackedWeight(nn.Module):
 
     def __init__(
         self, parts: Mapping[str, Tensor | None], *, spec: str, shape: tuple[int, ...], dtype: torch.dtype,
-        transposed: bool = False,
+        transposed: bool = False, factors: tuple[PackedWeight, PackedWeight] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.spec, self.shape, self.dtype, self.transposed = spec, shape, dtype, transposed
+        self.factors = nn.ModuleList(factors or ())
         for name, value in parts.items():
             self.register_buffer(name, value)
 
     def decode(self) -> Tensor:
-        """The parameter this stands for: its values rounded to the grid, its shape, ``dtype``."""
+        """The parameter this stands for: its values rounded to the grid, with U V where it has factors; ``dtype``."""
         value: Tensor = ops.dequantize_packed(*self.parts, self.spec, list(self.shape), **self.outer, dtype=self.dtype)
+        if self.factors:
+            U, V = self._thin
+            value = value + U.decode() @ V.decode()
         return value.transpose(-1, -2) if self.transposed else value
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias``, the factors as two thin products."""
+        y: Tensor = ops.linear_wq(x, *self.parts, bias, self.spec, list(self.shape), **self.outer)
+        if self.factors:
+            U, V = self._thin
+            y = y + U.linear(V.linear(x))
+        return y
+
+    @property
+    def _thin(self) -> list[Any]:
+        return list(self.factors)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -110,8 +126,7 @@ class QuantizedLinear(_Quantized):
         self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight_packed
-        return ops.linear_wq(x, *w.parts, self.bias, w.spec, list(w.shape), **w.outer)  # type: ignore[no-any-return]
+        return self.weight_packed.linear(x, self.bias)
 
 
 class QuantizedConv2d(_Quantized):
@@ -152,12 +167,12 @@ def write_back(model: nn.Module, program: Program) -> None:
     Raises CaptureError, before any change, for a weight that is no parameter of the model or is packed in two ways.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    nodes = _packed_nodes(program)
+    nodes, factors = _packed_nodes(program), _factors(program)
     if missing := [name for name in nodes if name not in parameters]:
         raise CaptureError(f"the compiled weights {missing[:3]} are not parameters of {type(model).__name__}")
     for name, node in nodes.items():
         original = parameters[name]
-        weight = _packed_weight(program, node, original.dtype)
+        weight = _packed_weight(program, node, original.dtype, factors.get(name))
         for other in [n for n, p in parameters.items() if p is original]:  # a tie has several names
             _replace(model, other, weight, original)
 
@@ -167,7 +182,7 @@ def _packed_nodes(program: Program) -> dict[str, fx.Node]:
     found: dict[str, fx.Node] = {}
     for node in program.gm.graph.nodes:
         quant = info(node).weight
-        if quant is None or node.op != "call_function":
+        if quant is None or quant.part_of or node.op != "call_function":
             continue
         first = found.setdefault(quant.weight, node)
         if _given(first)["packed"].target != _given(node)["packed"].target:
@@ -178,17 +193,33 @@ def _packed_nodes(program: Program) -> dict[str, fx.Node]:
     return found
 
 
+def _factors(program: Program) -> dict[str, tuple[fx.Node, fx.Node]]:
+    """The nodes that read the factors U and V of a weight's compensation, by the name of that weight: V comes first."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in program.gm.graph.nodes:
+        quant = info(node).weight
+        if quant is not None and quant.part_of and node.op == "call_function":
+            found.setdefault(quant.part_of, []).append(node)
+    return {name: (U, V) for name, (V, U) in found.items()}
+
+
 def _given(node: fx.Node) -> dict[str, Any]:
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _packed_weight(program: Program, node: fx.Node, dtype: torch.dtype) -> PackedWeight:
+def _packed_weight(
+    program: Program, node: fx.Node, dtype: torch.dtype, factors: tuple[fx.Node, fx.Node] | None = None
+) -> PackedWeight:
     given, quant = _given(node), info(node).weight
     assert quant is not None
     parts = {k: None if given.get(k) is None else fetch(program.gm, str(given[k].target)) for k in _PARTS}
     transposed = str(given["packed"].target).removeprefix(quant.weight).startswith("_t_")  # as insert_qdq names it
-    return PackedWeight(parts, spec=given["spec"], shape=tuple(given["shape"]), dtype=dtype, transposed=transposed)
+    U, V = (None, None) if factors is None else (_packed_weight(program, factor, dtype) for factor in factors)
+    return PackedWeight(
+        parts, spec=given["spec"], shape=tuple(given["shape"]), dtype=dtype, transposed=transposed,
+        factors=None if U is None or V is None else (U, V),
+    )  # fmt: skip
 
 
 def _replace(model: nn.Module, name: str, weight: PackedWeight, original: Tensor) -> None:

@@ -23,6 +23,7 @@ from fxquant.modules import write_back
 from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
 from fxquant.passes.insert_qdq import INSERT_QDQ
+from fxquant.passes.lorc import LORC
 from fxquant.passes.normalize import NORMALIZE
 from fxquant.passes.pre_shift import PRE_SHIFT
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
@@ -31,6 +32,7 @@ from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.passes.rotate import ROTATE
 from fxquant.passes.search_formats import SEARCH_FORMATS
 from fxquant.passes.smooth import SMOOTH
+from fxquant.passes.zq_local import ZQ_LOCAL
 from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
 from fxquant.signature import as_call
@@ -84,7 +86,7 @@ def compile(
 METHODS = {
     method.name: method
     for method in (
-        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, FOLD_ACTIVATION_SCALES,
+        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, LORC, FOLD_ACTIVATION_SCALES,
     )
 }  # fmt: skip
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""

@@ -174,9 +174,21 @@ def replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     name = old.name
     graph.erase_node(old)
-    if fresh:  # not Node._rename, which would number the name since it was in use once
-        graph._graph_namespace._rename_object(new, name)
-        new.name = name
+    if fresh:
+        _give_name(new, name)
+
+
+def move_name(old: fx.Node, new: fx.Node, other: str) -> None:
+    """Give the name of ``old`` to ``new``, and ``old`` the name ``other``, numbered if it is taken."""
+    name = old.name
+    old._rename(other)
+    _give_name(new, name)
+
+
+def _give_name(node: fx.Node, name: str) -> None:
+    """Not by Node._rename, which would number the name since it was in use once."""
+    node.graph._graph_namespace._rename_object(node, name)
+    node.name = name
 
 
 def remove_unused(graph: fx.Graph) -> list[str]:

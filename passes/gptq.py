@@ -13,44 +13,48 @@ from typing import Any
 
 from torch import fx
 
-from fxquant.calibrate import Statistics, Usage, Weights, walk, why_not
+from fxquant.calibrate import Statistics, Weights, shared_input, solvable_layers, walk
 from fxquant.errors import CalibrationError
-from fxquant.graph import info
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import float_weight, quant_of, quantized_weights, replace_weight
+from fxquant.qdq import float_weight, quant_of, replace_weight
 from fxquant.qtensor import to_matrix
-from fxquant.rewrite import Log, Rewrite
-from fxquant.solvers.gptq import Solution, solve
+from fxquant.rewrite import Log
+from fxquant.solvers.gptq import Solution, Weight, solve_together
 
 RULE = "gptq"
 
 
 def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``progress``, ``sequential``,
-    ``float_targets``, and options of ``solvers.gptq.solve``: ``act_order``, ``damp_percent``, ``block_size``, ``clip``.
+    ``float_targets``, and options of ``solvers.gptq.solve_together``: ``act_order``, ``damp_percent``, ``block_size``,
+    ``clip``.
     """
     gm, log = program.gm, Log()
     options = {k: settings[k] for k in ("act_order", "damp_percent", "block_size", "clip") if k in settings}
-    weight_of = _layers(gm, log)
+    weight_of, declined = solvable_layers(gm)
+    for layer, reason in declined:
+        log.declined(RULE, layer, f"{reason}; it stays round-to-nearest")
     short: list[tuple[int, int]] = []
+    done: set[fx.Node] = set()
 
     def reached(layer: fx.Node, seen: Statistics) -> None:
+        """Solve the layer together with those after it that have the same input."""
+        if layer in done:
+            return
+        same = [other for other in weight_of if shared_input(other) == shared_input(layer)]
+        done.update(same)
         cols = to_matrix(float_weight(gm, weight_of[layer]), quant_of(weight_of[layer]).spec).shape[1]
         if seen.rows < cols:
-            short.append((seen.rows, cols))
-            log.declined(RULE, layer, f"too little data: {seen.rows} rows of input for a weight of {cols} columns")
+            for each in same:
+                short.append((seen.rows, cols))
+                log.declined(RULE, each, f"too little data: {seen.rows} rows of input for a weight of {cols} columns")
             return
-        node = weight_of[layer]
-        spec, value = quant_of(node).spec, float_weight(gm, node)
-        found = solve(
-            to_matrix(value, spec), seen.hessian, spec, drift=seen.drift, held_out=seen.held_out_hessian,
-            name=quant_of(node).weight, **options,
+        found = solve_together(
+            [_weight(gm, weight_of[each]) for each in same], seen.hessian, drift=seen.drift,
+            held_out=seen.held_out_hessian, **options,
         )  # fmt: skip
-        if found.fell_back:
-            log.declined(RULE, layer, f"it would be worse than round-to-nearest, which stays: {_change(found)}")
-            return
-        replace_weight(gm, node, replace(found.quantized, shape=tuple(value.shape)), RULE)
-        log.rewrote(RULE, layer, f"{spec}, {_change(found)}")
+        for each, solution in zip(same, found, strict=True):
+            _accept(gm, each, weight_of[each], solution, log)
 
     weights: Weights = "quantized" if settings.get("sequential", True) else "float"
     progress, batches = settings.get("progress", quiet), settings["calibration"]
@@ -62,25 +66,22 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
             f"needs as many as a weight has columns, here {min(cols for _, cols in short)} to "
             f"{max(cols for _, cols in short)}, and several times that to gain anything"
         )
-    log.rewrites.insert(0, _used(usage, len(batches)))
+    log.rewrites.insert(0, usage.rewrite(len(batches)))
     return log
 
 
-def _layers(gm: fx.GraphModule, log: Log) -> dict[fx.Node, fx.Node]:
-    """The layers to refine, each with the dequantize node of its weight; the others are declined."""
-    found = {}
-    for node in quantized_weights(gm):
-        users = list(node.users)
-        reasons = [why_not(user) for user in users]
-        if len(users) > 1:
-            names = ", ".join(info(user).path or user.name for user in users)
-            reasons = [f"its weight is shared by {names}, which have inputs of their own"] * len(users)
-        for user, reason in zip(users, reasons, strict=True):
-            if reason is None:
-                found[user] = node
-            else:
-                log.declined(RULE, user, f"{reason}; it stays round-to-nearest")
-    return found
+def _weight(gm: fx.GraphModule, node: fx.Node) -> Weight:
+    quant = quant_of(node)
+    return Weight(to_matrix(float_weight(gm, node), quant.spec), quant.spec, quant.weight)
+
+
+def _accept(gm: fx.GraphModule, layer: fx.Node, node: fx.Node, found: Solution, log: Log) -> None:
+    """Write what was found, unless it is worse than what the layer has."""
+    if found.fell_back:
+        log.declined(RULE, layer, f"it would be worse than round-to-nearest, which stays: {_change(found)}")
+        return
+    replace_weight(gm, node, replace(found.quantized, shape=tuple(float_weight(gm, node).shape)), RULE)
+    log.rewrote(RULE, layer, f"{quant_of(node).spec}, {_change(found)}")
 
 
 def _change(found: Solution) -> str:
@@ -90,11 +91,6 @@ def _change(found: Solution) -> str:
     )
     held = "" if (before, after) == (held_before, held_after) else f" ({held_before:.2%} -> {held_after:.2%} held out)"
     return f"output error {before:.2%} -> {after:.2%}{held}, damping {found.damping:g}"
-
-
-def _used(usage: Usage, batches: int) -> Rewrite:
-    mebibytes = usage.peak_bytes / 2**20
-    return Rewrite("calibrate", "", "", f"{usage.rows} rows in {batches} batches, {mebibytes:.1f} MiB at most")
 
 
 GPTQ = Pass("gptq", "refine codes against the inputs of each layer (GPTQ)", gptq)

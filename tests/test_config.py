@@ -47,6 +47,17 @@ def test_every_recipe_loads_by_name_in_any_case() -> None:
         assert Config.model_validate(recipe.config.to_dict()) == recipe.config
 
 
+def test_the_recipes_of_zeroquant() -> None:
+    passes = {name: [method for method, _ in recipe.config.methods()] for name, recipe in RECIPES.items()}
+    assert passes["W4A16-GPTQ-LoRC"] == ["gptq", "lorc"]
+    for name, weight in {"W4A8-FP": "fp32", "W4A8-FP-M1": "m1", "W4A8-FP-M2": "m2", "W8A8-INT": "fp32"}.items():
+        (rule,) = RECIPES[name].config.layer_rules()
+        assert rule.activation is not None
+        assert rule.activation.dynamic
+        assert rule.weight.scale == weight
+        assert passes[name] == ["gptq"]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -44,7 +44,8 @@ class LayerSummary:
 
     ``bits`` are the bits of a stored code or float. ``bytes_after`` includes scales and zero points. ``error`` is
     ||W - W'|| / ||W||. ``tied_to`` names the layer that the same stored weight is counted under. ``activation`` is the
-    spec that the layer's input is rounded to, None where it stays as it is.
+    spec that the layer's input is rounded to, None where it stays as it is. ``part_of`` names the weight whose
+    compensation this is a factor of, which is no layer of the model's own.
     """
 
     name: str
@@ -63,6 +64,7 @@ class LayerSummary:
     tied_to: str | None = None
     source: str = ""
     activation: str | None = None
+    part_of: str | None = None
 
     @property
     def format(self) -> str:
@@ -109,7 +111,7 @@ class Summary:
 
     @property
     def bytes_per_weight(self) -> float | None:
-        """Packed bytes, scales included, for each quantized weight; None where nothing is quantized."""
+        """Packed bytes, scales and compensation included, for each quantized weight; None where there is none."""
         return self.weight_bytes_after / self.weights if self.weights else None
 
     @property
@@ -145,7 +147,7 @@ def summarize(program: Program) -> Summary:
         after,
         sum({use.quant.weight: use.quant.float_nbytes for use in uses}.values()),
         sum(use.quant.nbytes for use in stored.values()),
-        sum(use.count for use in stored.values()),
+        sum(use.count for use in stored.values() if not use.quant.part_of),
         tuple(_layers(program, uses)),
         tuple(
             DeclineSummary(label, d.rule, d.node, d.layer, d.reason)
@@ -248,7 +250,7 @@ def _quantized(use: _Use, name: str, tied_to: str | None) -> LayerSummary:
     return LayerSummary(
         name, use.layer.name, use.type, about.module, quant.weight, use.shape, quant.spec.format.bits,
         quant.float_nbytes, quant.nbytes, str(quant.spec), quant.method, quant.error, None, tied_to, about.source,
-        _activation(use.layer),
+        _activation(use.layer), quant.part_of or None,
     )  # fmt: skip
 
 
@@ -282,7 +284,9 @@ def _render(s: Summary) -> Iterator[str]:
             f"weights  {size(s.weight_bytes_before)} -> {size(s.weight_bytes_after)} "
             f"({change}, {s.bytes_per_weight:.4f} bytes a weight with scales)"
         )
-    yield f"layers   {len(quantized)} of {len(s.layers)} quantized"
+    factors = sum(q.part_of is not None for q in quantized)
+    added = f", {factors} factors of compensation added" if factors else ""
+    yield f"layers   {len(quantized) - factors} of {len(s.layers) - factors} quantized{added}"
     if s.error is not None:
         yield f"error    {percent(s.error)} of the first output, on the example inputs"
     for title, rows in (("formats", _formats(s)), ("in float", _float_rows(s)), ("passes", _step_rows(s))):
@@ -293,7 +297,9 @@ def _render(s: Summary) -> Iterator[str]:
 
 
 def ratio(before: int, after: int) -> str:
-    """``5.3x smaller``; ``same size`` within half a percent."""
+    """``5.3x smaller``; ``same size`` within half a percent; ``added`` for what was not there before."""
+    if after and not before:
+        return "added"
     if not after or abs(before / after - 1) < 0.005:
         return "same size"
     return f"{before / after:.2f}x smaller" if before > after else f"{after / before:.2f}x larger"

@@ -14,15 +14,16 @@ the released code: a column whose input was always zero is rounded to nearest in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fxquant.errors import CalibrationError
+from fxquant.grids import FloatFormat, IntFormat
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
-from fxquant.scales import Clip, Scales, choose, dequantize, quantize
+from fxquant.scales import Clip, Scales, choose, dequantize, quantize, spread
 from fxquant.scheme import QuantSpec
 
 MOST_DAMPING = 100.0
@@ -52,15 +53,24 @@ class Solution:
 
 
 def quantize_weight(
-    W: Tensor, H: Tensor, spec: QuantSpec, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 128,
+    W: Tensor, H: Tensor, spec: QuantSpec, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 32,
     clip: Clip = "absmax",
 ) -> QuantizedTensor:  # fmt: skip
     """Codes and scales of ``W [rows, cols]`` for inputs with second moments ``H [cols, cols]``; see ``solve``."""
     return solve(W, H, spec, act_order=act_order, damp_percent=damp_percent, block_size=block_size, clip=clip).quantized
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight to solve for: ``value [rows, cols]``, what it becomes, and its name for errors."""
+
+    value: Tensor
+    spec: QuantSpec
+    name: str = "tensor"
+
+
 def solve(
-    W: Tensor, H: Tensor, spec: QuantSpec, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 128,
+    W: Tensor, H: Tensor, spec: QuantSpec, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 32,
     clip: Clip = "absmax", drift: Tensor | None = None, held_out: Tensor | None = None, name: str = "tensor",
 ) -> Solution:  # fmt: skip
     """GPTQ of ``W [rows, cols]``, in float64 where W is, else in float32; never worse than round-to-nearest.
@@ -74,24 +84,49 @@ def solve(
 
     Raises WeightError for NaN or Inf in W, CalibrationError where H is not finite, symmetric in shape or positive.
     """
-    _check(W, H, name)
-    rtn = quantize_tensor(W, spec, name=name)
-    diagonal = H.diagonal().double()
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
-    )
-    U, damping = inverse_factor(H[order][:, order], damp_percent, name=name)
-    wide = W if W.dtype == torch.float64 else W.float()
+    (found,) = solve_together(
+        [Weight(W, spec, name)], H, act_order=act_order, damp_percent=damp_percent, block_size=block_size, clip=clip,
+        drift=drift, held_out=held_out,
+    )  # fmt: skip
+    return found
+
+
+def solve_together(
+    weights: Sequence[Weight], H: Tensor, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 32,
+    clip: Clip = "absmax", drift: Tensor | None = None, held_out: Tensor | None = None,
+) -> list[Solution]:  # fmt: skip
+    """``solve`` of several weights that have their inputs in common: one factor of H, and one loop over the columns.
+
+    Rows do not depend on each other, so weights of the same spec and dtype are solved as the rows of one matrix.
+    """
+    for weight in weights:
+        _check(weight.value, H, weight.name)
+    rtn = [quantize_tensor(w.value, w.spec, name=w.name) for w in weights]
+    order = torch.arange(len(H), device=H.device)
+    if act_order:
+        order = torch.argsort(H.diagonal().double(), descending=True, stable=True)
+    U, damping = inverse_factor(H[order][:, order], damp_percent, name=weights[0].name)
+    wide = [w.value if w.value.dtype == torch.float64 else w.value.float() for w in weights]
     if drift is not None:
-        wide = wide + correction(wide, drift, order, U)
-    columns = wide.t()[order].contiguous()  # a column of W is a row here
-    static = choose(wide, spec, clip=clip, name=name) if act_order or spec.kind.outer else None
-    codes, scales = _feed_back(columns, U.to(wide.dtype), order, spec, static, block_size, clip, name)
-    found = QuantizedTensor(codes, scales.scale, scales.zero_point, spec, tuple(W.shape), scales.tensor_scale)
+        sizes = [len(value) for value in wide]
+        wide = list((torch.cat(wide) + correction(torch.cat(wide), drift, order, U)).split(sizes))
+    found: dict[int, QuantizedTensor] = {}
+    for spec, dtype in dict.fromkeys((w.spec, v.dtype) for w, v in zip(weights, wide, strict=True)):
+        own = [i for i, w in enumerate(weights) if (w.spec, wide[i].dtype) == (spec, dtype)]
+        problem = _Problem([wide[i] for i in own], U.to(dtype), order, spec, clip, weights[own[0]].name)
+        solved = problem.feed_back(static=act_order or spec.kind.outer is not None, block_size=block_size)
+        found.update(zip(own, solved, strict=True))
+    return [_judged(wide[i], found[i], rtn[i], H, held_out, damping) for i in range(len(weights))]
+
+
+def _judged(
+    W: Tensor, found: QuantizedTensor, rtn: QuantizedTensor, H: Tensor, held_out: Tensor | None, damping: float
+) -> Solution:
+    """The solution, or round-to-nearest where that is better."""
     measured = []
     for moments in (H,) if held_out is None else (H, held_out):
-        whole = loss(wide, moments) or 1.0
-        measured += [loss(wide - q.dequantize(wide.dtype), moments) / whole for q in (found, rtn)]
+        whole = loss(W, moments) or 1.0
+        measured += [loss(W - q.dequantize(W.dtype), moments) / whole for q in (found, rtn)]
     solution = Solution(found, measured[0], measured[1], measured[-2], measured[-1], damping)
     return replace(solution, quantized=rtn) if solution.fell_back else solution
 
@@ -101,10 +136,12 @@ def correction(W: Tensor, drift: Tensor, order: Tensor, U: Tensor) -> Tensor:
 
     The minimum over A of ||(W + A) X - W X_float||^2 plus damping times ||A||^2; U is the factor for H in ``order``.
     """
-    moved = (W.double() @ drift.double())[:, order] @ U.t() @ U
+    U, drift = U.to(W.dtype), drift.to(W.dtype)
+    # of the two orders of multiplication, the one with fewer operations
+    moved = W @ (drift[:, order] @ U.t() @ U) if len(W) > len(U) else (W @ drift)[:, order] @ U.t() @ U
     placed = torch.empty_like(moved)
     placed[:, order] = moved
-    return placed.to(W.dtype)
+    return placed
 
 
 def loss(dW: Tensor, H: Tensor) -> float:
@@ -113,11 +150,23 @@ def loss(dW: Tensor, H: Tensor) -> float:
 
 
 def inverse_factor(H: Tensor, damp_percent: float, *, name: str = "tensor") -> tuple[Tensor, float]:
-    """Upper triangular U (float64) with U^T U = (H + damping mean(diag H) I)^-1, and the damping it took.
+    """Upper triangular U (float64) with U^T U = (H + damping mean(diag H) I)^-1, and the damping it took: U = R^-1."""
+    damping = damp_percent
+    while True:
+        R, damping = factor(H, damping, name=name)
+        eye = torch.eye(len(H), dtype=R.dtype, device=R.device)
+        U = torch.linalg.solve_triangular(R, eye, upper=True)
+        if bool(U.isfinite().all()):
+            return U, damping
+        damping = _more(damping)
+
+
+def factor(H: Tensor, damp_percent: float, *, name: str = "tensor") -> tuple[Tensor, float]:
+    """Upper triangular R (float64) with R R^T = H + damping mean(diag H) I, and the damping it took.
 
     Dead inputs (H_jj = 0) count as average ones that nothing is correlated with. With P the reversal of order,
-    P H P = L L^T gives H = R R^T for the upper triangular R = P L P, so U = R^-1. The damping grows tenfold until H has
-    a Cholesky factor.
+    P H P = L L^T gives H = R R^T for the upper triangular R = P L P. The damping grows tenfold until H has a Cholesky
+    factor; CalibrationError where it never has.
     """
     H = H.double()
     diagonal = H.diagonal()
@@ -130,64 +179,145 @@ def inverse_factor(H: Tensor, damp_percent: float, *, name: str = "tensor") -> t
         damped.diagonal().copy_(base + damping * mean)
         L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not int(failed):
-            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            U = torch.linalg.solve_triangular(L.flip(0, 1), eye, upper=True)
-            if bool(U.isfinite().all()):
-                return U, damping
-        damping = max(10 * damping, 1e-4)
+            return L.flip(0, 1), damping
+        damping = _more(damping)
     raise CalibrationError(
         f"{name}: the {len(H)}x{len(H)} matrix H has no Cholesky factor even with {MOST_DAMPING:g} times its mean "
         f"diagonal added; it must be 2/n X^T X of the layer's inputs"
     )
 
 
-def _feed_back(
-    columns: Tensor, U: Tensor, order: Tensor, spec: QuantSpec, static: Scales | None, block_size: int, clip: Clip,
-    name: str,
-) -> tuple[Tensor, Scales]:  # fmt: skip
-    """Codes ``[rows, cols]`` and scales; ``columns`` is W^T in the order of work and is overwritten."""
-    cols, rows = columns.shape
-    wide = spec.block(rows, cols)[1]
-    groups = {} if static is None else {g: _group(static, g) for g in range(static.scale.shape[1])}
-    codes = torch.empty((cols, rows), dtype=torch.uint8, device=columns.device)
-    at = (order // wide).tolist()
-    for start, end in _blocks(cols, wide, block_size):
-        errors = torch.empty_like(columns[start:end])
-        for j in range(start, end):
-            if at[j] not in groups:
-                groups[at[j]] = choose(columns[j : j + wide].t(), spec, clip=clip, name=name)
-            w, own = columns[j].unsqueeze(1), groups[at[j]]
-            code = quantize(w, own, spec)
-            error = (w - dequantize(code, own, spec, w.dtype)).squeeze(1) / U[j, j]
-            columns[j + 1 : end].addr_(U[j, j + 1 : end], error, alpha=-1)
-            errors[j - start], codes[j] = error, code.squeeze(1)
-        columns[end:].addmm_(U[start:end, end:].t(), errors, alpha=-1)
-    placed = torch.empty_like(codes)
-    placed[order] = codes
-    return placed.t().contiguous(), static or _join([groups[g] for g in sorted(groups)])
+def _more(damping: float) -> float:
+    return max(10 * damping, 1e-4)
+
+
+# --- the loop over columns --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Problem:
+    """Weights ``[rows, cols]`` of one spec and dtype, to be solved as the rows of one matrix."""
+
+    weights: list[Tensor]
+    U: Tensor
+    order: Tensor
+    spec: QuantSpec
+    clip: Clip
+    name: str
+
+    def feed_back(self, *, static: bool, block_size: int) -> list[QuantizedTensor]:
+        """The solved weights; ``static``: all scales are found before, on the weights themselves.
+
+        Within a block, what the columns before it in the block have to give is gathered when a column is reached; the
+        columns after the block get it all at once. A column keeps the value that was rounded, so that the codes of the
+        whole matrix are found at the end.
+        """
+        columns = torch.cat([w.t()[self.order] for w in self.weights], 1)  # a column of W is a row here
+        cols, wide = len(columns), self.spec.block(*self.weights[0].shape)[1]
+        at = (self.order // wide).tolist()
+        chosen = {0: [choose(w, self.spec, clip=self.clip, name=self.name) for w in self.weights]} if static else {}
+        grids = self._spread(chosen[0]) if static else []
+        nearest, transposed, pivots = _rounding(self.spec, columns.dtype), self.U.t().contiguous(), self.U.diagonal()
+        divisors = pivots.tolist()
+        for start, end in _blocks(cols, cols if static else wide, block_size):
+            errors = torch.empty_like(columns[start:end])
+            if not static and at[start] not in chosen:
+                chosen[at[start]] = self._choose(columns[start : start + wide])
+                grids += self._spread(chosen[at[start]])
+            for j in range(start, end):
+                w, done = columns[j], j - start
+                if done:
+                    w.addmv_(errors[:done].t(), transposed[j, start:j], alpha=-1)
+                torch.sub(w, nearest(w, grids[at[j]]), out=errors[done]).div_(divisors[j])
+            columns[end:].addmm_(transposed[end:, start:end], errors, alpha=-1)
+        return self._quantized(columns, chosen)
+
+    def _choose(self, columns: Tensor) -> list[Scales]:
+        """The scales of one group, found on its updated columns."""
+        parts = columns.split([len(w) for w in self.weights], 1)
+        return [choose(part.t(), self.spec, clip=self.clip, name=self.name) for part in parts]
+
+    def _spread(self, scales: list[Scales]) -> list[Scales]:
+        """The scales of every group of columns, each spread over the rows of all weights: ``[rows, 1]``."""
+
+        def over(parts: Sequence[Tensor | None]) -> list[Tensor] | None:
+            tall = []
+            for part, w in zip(parts, self.weights, strict=True):
+                if part is None:
+                    return None
+                block = (self.spec.block(*w.shape)[0], 1)
+                tall.append(spread(part, block, (len(w), part.shape[1])).expand(len(w), -1))
+            return list(torch.cat(tall).t().contiguous().unsqueeze(2))
+
+        apart = self.spec.kind.outer == "tensor"  # where the operator does not multiply the two
+        scale = over([s.scale if apart else s.effective for s in scales])
+        zero, outer = over([s.zero_point for s in scales]), over([s.tensor_scale if apart else None for s in scales])
+        assert scale is not None
+        return [Scales(s, zero[g] if zero else None, outer[0] if outer else None) for g, s in enumerate(scale)]
+
+    def _quantized(self, columns: Tensor, chosen: dict[int, list[Scales]]) -> list[QuantizedTensor]:
+        placed = torch.empty_like(columns)
+        placed[self.order] = columns
+        found, rows = [], 0
+        for i, w in enumerate(self.weights):
+            scales = _join([chosen[g][i] for g in sorted(chosen)])
+            codes = quantize(placed[:, rows : rows + len(w)].t().contiguous(), scales, self.spec)
+            rows += len(w)
+            own = (codes, scales.scale, scales.zero_point, self.spec, tuple(w.shape), scales.tensor_scale)
+            found.append(QuantizedTensor(*own))
+        return found
+
+
+Nearest = Callable[[Tensor, Scales], Tensor]
+
+
+def _rounding(spec: QuantSpec, dtype: torch.dtype) -> Nearest:
+    """The values ``dequantize(quantize(w))`` of one column ``w [rows]`` with scales ``[rows, 1]``, in few operations.
+
+    Formats without a short way go through their codes.
+    """
+    grid = spec.format
+    if dtype == torch.float32 and spec.kind.outer != "tensor":
+        if isinstance(grid, IntFormat):
+            return _to_integers(grid)
+        if isinstance(grid, FloatFormat) and grid.signed and grid.mbits and isinstance(grid.bias, int):
+            return _to_floats(grid)
+    return lambda w, s: dequantize(quantize(w.unsqueeze(1), s, spec), s, spec, dtype).squeeze(1)
+
+
+def _to_integers(grid: IntFormat) -> Nearest:
+    def nearest(w: Tensor, s: Scales) -> Tensor:
+        scale, q = s.scale.squeeze(1), w.div(s.scale.squeeze(1)).round_()
+        if s.zero_point is None:
+            return q.clamp_(-grid.max, grid.max).mul_(scale)
+        zero = s.zero_point.squeeze(1)
+        return q.add_(zero).clamp_(0, grid.max).sub_(zero).mul_(scale)
+
+    return nearest
+
+
+def _to_floats(grid: FloatFormat) -> Nearest:
+    """x + c - c with c = 1.5 2^23 steps of the binade of x (of the lowest one for subnormals) rounds x to a step."""
+    lowest, steps = (128 - int(grid.bias)) << 23, ((23 - grid.mbits) << 23) + (1 << 22)  # bits of float32
+
+    def nearest(w: Tensor, s: Scales) -> Tensor:
+        scale = s.scale.squeeze(1)
+        x = w.div(scale).clamp_(-grid.max, grid.max)
+        c = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=lowest).add_(steps).view(torch.float32)
+        return x.add_(c).sub_(c).mul_(scale)
+
+    return nearest
 
 
 def _blocks(cols: int, wide: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Runs of columns to update together; every group lies in one of them or begins one."""
-    if wide <= block_size:
-        step = block_size - block_size % wide
-        yield from ((start, min(start + step, cols)) for start in range(0, cols, step))
-        return
+    """Runs of columns to update together, none of them across the end of a group of ``wide`` columns."""
     for group in range(0, cols, wide):
         last = min(group + wide, cols)
         yield from ((start, min(start + block_size, last)) for start in range(group, last, block_size))
 
 
-def _group(scales: Scales, group: int) -> Scales:
-    """The scales of one group of columns."""
-    where = slice(group, group + 1)
-    zero = None if scales.zero_point is None else scales.zero_point[:, where].contiguous()
-    return Scales(scales.scale[:, where].contiguous(), zero, scales.tensor_scale)
-
-
 def _join(groups: list[Scales]) -> Scales:
     zeros = [g.zero_point for g in groups if g.zero_point is not None]
-    return Scales(torch.cat([g.scale for g in groups], 1), torch.cat(zeros, 1) if zeros else None)
+    scale = torch.cat([g.scale for g in groups], 1)
+    return Scales(scale, torch.cat(zeros, 1) if zeros else None, groups[0].tensor_scale)
 
 
 def _check(W: Tensor, H: Tensor, name: str) -> None:
