@@ -208,26 +208,33 @@ def sensitivity(
         return
     largest = max(q.loss for q in found.layers)
     rows = [
-        (q.name, q.spec, f"{q.loss:.4g}", f"{q.weight_error:.4f}", bars.text_bar(q.loss, largest))
+        (
+            q.name,
+            q.spec,
+            f"{q.loss:.4g}",
+            "" if q.perplexity is None else f"{q.perplexity:+.4f}",
+            f"{q.weight_error:.4f}",
+            bars.text_bar(q.loss, largest),
+        )
         for q in found.ranked()
     ]
-    columns = ("layer", "weight", _MEASURES[found.measure], "weight error", "")
-    print_table(columns, rows, right=columns[2:4])
+    columns = ("layer", "weight", _MEASURES[found.measure], "perplexity above float", "weight error", "")
+    print_table(columns, rows, right=columns[2:5])
     typer.echo(f"\n{_whole(found)}")
 
 
-_MEASURES = {"perplexity": "perplexity above float", "kl": "KL in nats", "error": "relative output error"}
+_MEASURES = {"kl": "KL in nats", "error": "relative output error"}
 
 
 def _whole(found: Sensitivity) -> str:
-    """``all layers: perplexity 15.76 -> 20.10, Class-3 (ZeroQuant-V2: ...)``."""
-    parts = f"the layers' sum is {sum(q.loss for q in found.layers):.4g}"
-    if found.float_perplexity is None:
-        return f"all layers together: {_MEASURES[found.measure]} {found.whole.loss:.4g}; {parts}"
-    total = found.float_perplexity + found.whole.loss
+    """``all layers together: KL in nats 0.3; perplexity 15.76 -> 20.10, Class-3 (ZeroQuant-V2: ...)``."""
+    told = f"all layers together: {_MEASURES[found.measure]} {found.whole.loss:.4g}"
+    if found.float_perplexity is None or found.whole.perplexity is None:
+        return told
+    total = found.float_perplexity + found.whole.perplexity
     return (
-        f"all layers together: perplexity {found.float_perplexity:.4f} -> {total:.4f}, Class-{found.v2_class} "
-        f"(ZeroQuant-V2: up to 0.1 above float, up to 0.5, more); {parts}"
+        f"{told} (the layers' sum is {sum(q.loss for q in found.layers):.4g}); perplexity {found.float_perplexity:.4f} "
+        f"-> {total:.4f}, Class-{found.v2_class} (ZeroQuant-V2: up to 0.1 above float, up to 0.5, more)"
     )
 
 

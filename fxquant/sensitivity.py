@@ -1,8 +1,9 @@
 """Sensitivity: how much a model loses when one layer alone is quantized, layer by layer, and when all are.
 
-Language models are judged by perplexity, in the classes of ZeroQuant-V2 (2303.08302, section 4): Class-1 up to 0.1
-above the float model, Class-2 up to 0.5, Class-3 above. Classifiers are judged by KL(float || quantized) of their
-logits, other models by the relative error of their output. Weights are rounded to nearest: methods are not run.
+Layers are ranked by KL(float || quantized) of the logits, models without logits by the relative error of their output.
+For a language model the perplexity above the float model's stands beside it; on little text that figure of a single
+layer is mostly noise, of either sign. All layers together get a class of ZeroQuant-V2 (2303.08302, section 4) by it:
+Class-1 up to 0.1, Class-2 up to 0.5, Class-3 above. Weights are rounded to nearest: methods are not run.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ CLASSES = (0.1, 0.5)
 class LayerLoss:
     """What quantizing the layer ``name`` alone does. ``weight_error`` is ||W - W'|| / ||W||.
 
-    ``loss`` is the figure of ``Sensitivity.measure``: the perplexity above the float model's, KL in nats, or the
-    relative error of the output. ``kl`` and ``perplexity`` are None where the model has no logits, or is no language
-    model.
+    ``loss`` is the figure of ``Sensitivity.measure``: KL in nats, or the relative error of the output. ``perplexity``
+    is that above the float model's; ``kl`` and it are None where the model has no logits, or is no language model.
     """
 
     name: str
@@ -55,7 +55,7 @@ class LayerLoss:
 class Sensitivity:
     """``layers`` in graph order, each quantized alone; ``whole``: all of them together.
 
-    ``measure`` says what a loss is: ``perplexity``, ``kl`` or ``error``.
+    ``measure`` says what a loss is: ``kl`` or ``error``.
     """
 
     measure: str
@@ -66,11 +66,11 @@ class Sensitivity:
     @property
     def v2_class(self) -> int | None:
         """ZeroQuant-V2's class of the whole scheme, 1 to 3; None for what is no language model."""
-        return None if self.measure != "perplexity" else self.level(self.whole)
+        return None if self.whole.perplexity is None else self.level(self.whole)
 
     def level(self, layer: LayerLoss) -> int:
-        """1 to 3: the class of the layer's own loss; for other measures than perplexity 1."""
-        return 1 if self.measure != "perplexity" else 1 + sum(layer.loss > limit for limit in CLASSES)
+        """1 to 3: the class of the layer's own perplexity; 1 for what is no language model."""
+        return 1 + sum((layer.perplexity or 0.0) > limit for limit in CLASSES)
 
     def ranked(self) -> list[LayerLoss]:
         """The layers, the most sensitive first."""
@@ -136,8 +136,8 @@ def round_to_nearest(taken: Mapping[Unit, LayerRule]) -> tuple[Trial, float]:
 
 
 def measure_of(trials: Trials) -> str:
-    """What a model is judged by: ``perplexity``, ``kl`` or ``error``."""
-    return ("perplexity" if trials.language else "kl") if trials.logits else "error"
+    """What a model is judged by: ``kl`` or ``error``."""
+    return "kl" if trials.logits else "error"
 
 
 def _loss(trials: Trials, name: str, spec: str, change: Change, weight_error: float) -> LayerLoss:
@@ -145,8 +145,7 @@ def _loss(trials: Trials, name: str, spec: str, change: Change, weight_error: fl
     if change.nll is not None and trials.float_nll is not None:
         base = trials.float_nll
         perplexity = math.exp(min(base + change.nll, 700.0)) - math.exp(base)
-    loss = {"perplexity": perplexity, "kl": change.kl, "error": change.error}[measure_of(trials)]
-    assert loss is not None
+    loss = change.error if change.kl is None else change.kl
     return LayerLoss(name, spec, loss, change.error, weight_error, change.kl, perplexity)
 
 
