@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxquant.allocation import allocate as allocate
     from fxquant.compiled import CompiledModel as CompiledModel
     from fxquant.config import RECIPES as RECIPES
     from fxquant.config import Config as Config
@@ -36,6 +37,7 @@ _PUBLIC = {
     "QuantSpec": ("fxquant.scheme", "QuantSpec"),
     "QuantizedTensor": ("fxquant.qtensor", "QuantizedTensor"),
     "RECIPES": ("fxquant.config", "RECIPES"),
+    "allocate": ("fxquant.allocation", "allocate"),
     "compile": ("fxquant.pipeline", "compile"),
     "format": ("fxquant.formats", "parse_format"),
     "load": ("fxquant.pipeline", "load"),
@@ -43,7 +45,7 @@ _PUBLIC = {
     "quantize_": ("fxquant.pipeline", "quantize_"),
     "quantize_tensor": ("fxquant.qtensor", "quantize_tensor"),
 }  # public name -> module and name there
-_MODULES = ("errors", "evaluate", "formats", "hf", "ops", "packing", "qtensor", "scheme")
+_MODULES = ("errors", "evaluate", "formats", "hf", "ops", "packing", "qtensor", "scheme", "sensitivity")
 
 __all__ = sorted((*_PUBLIC, *_MODULES))
 

@@ -7,25 +7,17 @@ Exit codes: 0 done, 1 an error of the model, the config or the files (printed as
 from __future__ import annotations
 
 import importlib.metadata
-import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant.errors import FxquantError, InputError, ModelError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fxquant.compiled import CompiledModel
-    from fxquant.config import Config
-    from fxquant.hf import LoadedModel
-    from fxquant.program import Progress
+from fxquant import cli_measure
+from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
+from fxquant.errors import FxquantError
 
 
 class Commands(TyperGroup):
@@ -56,12 +48,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
-CalibrationText = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Text for methods that need data; by default text that comes with Python."),
-]
 Compiled = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fxquant compile wrote.")]
 
 
@@ -114,15 +100,15 @@ def compile_(
     store.check_place(out.absolute(), overwrite)
     with progress_bars() as progress:
         loaded = hf.load_model(model, progress=progress)
-        data = _calibration(settings, loaded, calibration)
+        data = calibration_data(settings, loaded, calibration)
         compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, calibration=data, progress=progress)
         progress("save", 0, 0)
         compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
     if loaded.quantized:
-        _note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")
+        note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")
     summary = compiled.summary()
     if as_json:
-        _print_json({"out": str(out), "source_quantized": loaded.quantized, **summary.to_dict()})
+        print_json({"out": str(out), "source_quantized": loaded.quantized, **summary.to_dict()})
         return
     typer.echo(str(summary))
     typer.echo(f"\nsaved to {out}; next: fxquant inspect {out}, or fxquant export {out} -o model.onnx")
@@ -146,12 +132,12 @@ def export(
 
     if path.exists() and not overwrite:
         raise SaveError(f"{path} exists already; choose another file, or give --overwrite")
-    compiled = _load(out)
+    compiled = load(out)
     with progress_bars() as progress:
         compiled.export_onnx(path, opset=opset, progress=progress)
     nbytes = sum(f.stat().st_size for f in (path, path.with_name(f"{path.name}.data")) if f.exists())
     if as_json:
-        _print_json({"path": str(path), "bytes": nbytes, "opset": opset})
+        print_json({"path": str(path), "bytes": nbytes, "opset": opset})
     else:
         typer.echo(f"wrote {path}, {size(nbytes)}, opset {opset}")
 
@@ -174,7 +160,7 @@ def demo(
     with progress_bars() as progress:
         result = run_demo(out, overwrite=overwrite, progress=progress, say=lambda text: typer.echo(text, err=as_json))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         typer.echo(f"\n{result}")
 
@@ -198,13 +184,13 @@ def inspect(
     """
     from fxquant.show.console import print_layers
 
-    compiled = _load(out)
+    compiled = load(out)
     if html is not None:
         compiled.report(html)
         typer.echo(f"wrote {html}", err=as_json)
     summary = compiled.summary()
     if as_json:
-        _print_json(summary.to_dict() | ({"diff": compiled.diff()} if diff else {}))
+        print_json(summary.to_dict() | ({"diff": compiled.diff()} if diff else {}))
         return
     if diff:
         typer.echo(compiled.diff())
@@ -232,50 +218,16 @@ def explain(
 
     from fxquant.show.text import find
 
-    compiled = _load(out)
+    compiled = load(out)
     if as_json:
-        _print_json([asdict(q) | {"story": compiled.explain(q.name)} for q in find(compiled.program, layer)])
+        print_json([asdict(q) | {"story": compiled.explain(q.name)} for q in find(compiled.program, layer)])
     else:
         typer.echo(compiled.explain(layer))
 
 
-@app.command("eval")
-def eval_(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A compiled folder, an ONNX file, a Hugging Face folder or a GGUF file."),
-    ],
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to measure on; by default text that comes with Python.")
-    ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="How many windows, counted from the end of the text.")] = 2,
-    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 2048,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where the tokenizer is, if not with the model (an ONNX file)."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure the perplexity of a causal language model, compiled or not.
-
-    Examples:
-
-        fxquant eval smollm2-fp6
-
-        fxquant eval smollm2-fp6.onnx --tokenizer smollm2-fp6 --windows 4 --length 1024
-    """
-    from fxquant import evaluate
-    from fxquant.show.console import progress_bars
-
-    with progress_bars() as progress:
-        call, words = _callable(model, tokenizer, progress)
-        tokens = evaluate.text_windows(words, _read(text), length=length)[-windows:]
-        found = evaluate.perplexity(call, tokens, progress=progress)
-    figures = {"perplexity": found.value, "nll": found.nll, "tokens": found.tokens, "windows": len(tokens)}
-    if as_json:
-        _print_json({"model": str(model), **figures, "length": length})
-    else:
-        typer.echo(f"perplexity {found.value:.4f} ({found.tokens} tokens, {len(tokens)} windows of {length})")
+app.command("eval")(cli_measure.eval_)
+app.command()(cli_measure.sensitivity)
+app.command()(cli_measure.allocate)
 
 
 @app.command()
@@ -303,7 +255,7 @@ def formats(
         if svg is not None:
             raise typer.BadParameter("--svg draws one format; give its name too, such as e2m1")
         if as_json:
-            _print_json([grid.facts(parse_format(text)) for text in COMMON])
+            print_json([grid.facts(parse_format(text)) for text in COMMON])
             return
         print_table(grid.COLUMNS, grid.overview(), right=("bits", "max", "min normal", "smallest"))
         typer.echo("\nany e<E>m<M> of at most 8 bits is a format; fxquant formats NAME shows its codes and values\n")
@@ -314,7 +266,7 @@ def formats(
         write_page(svg, grid.svg(format))
         typer.echo(f"wrote {svg}", err=True)
     if as_json:
-        _print_json(grid.facts(format) | {"codes": grid.codes(format)})
+        print_json(grid.facts(format) | {"codes": grid.codes(format)})
         return
     typer.echo("  ".join(f"{k.replace('_', ' ')} {v}" for k, v in grid.facts(format).items()).removeprefix("name "))
     typer.echo(f"\n{grid.plot(format)}\n")
@@ -328,83 +280,10 @@ def recipes(as_json: Json = False) -> None:
     from fxquant.show.console import print_table
 
     if as_json:
-        _print_json([{"name": r.name, "summary": r.summary, "config": r.config.to_dict()} for r in RECIPES.values()])
+        print_json([{"name": r.name, "summary": r.summary, "config": r.config.to_dict()} for r in RECIPES.values()])
         return
     rows = [(r.name, ", ".join(str(rule.weight) for rule in r.config.rules), r.summary) for r in RECIPES.values()]
     print_table(("recipe", "weights", "what it is"), rows)
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
-def _load(out: Path) -> CompiledModel:
-    from fxquant import pipeline
-
-    return pipeline.load(out)
-
-
-def _calibration(settings: Config, loaded: LoadedModel, path: Path | None) -> Tensor | None:
-    """Token windows of the text at ``path``, by default of Python's own; None where no method needs data."""
-    from fxquant.evaluate import calibration_windows
-
-    text = _read(path)
-    if settings.needs_data() is None:
-        if text is not None:
-            _note(f"no method of this config needs data: {path} is not used")
-        return None
-    if loaded.tokenizer is None:
-        raise InputError(f"{loaded.name} came without a tokenizer; compile it in Python, with calibration=batches")
-    length = min(512, getattr(loaded.model.config, "max_position_embeddings", 512))
-    windows = calibration_windows(loaded.tokenizer, text, length=length)
-    source = path or "text that comes with Python; give your own with --calibration FILE"
-    _note(f"calibrating on {len(windows)} windows of {length} tokens of {source}")
-    return windows
-
-
-def _callable(model: Path, tokenizer: Path | None, progress: Progress) -> tuple[Any, Any]:
-    """What to call with ``input_ids``, and its tokenizer."""
-    from fxquant import evaluate, hf
-
-    if model.suffix == ".onnx":
-        if not model.is_file():
-            raise ModelError(f"{model} does not exist; give a file that fxquant export wrote")
-        return evaluate.OnnxModel(model), _tokenizer(tokenizer, model)
-    if (model / "graph.json").is_file():
-        return _load(model), _tokenizer(tokenizer or model, model)
-    loaded = hf.load_model(model, progress=progress)
-    words = loaded.tokenizer if tokenizer is None else _tokenizer(tokenizer, model)
-    if words is None:
-        raise InputError(f"{model} came without a tokenizer; give one with --tokenizer FOLDER")
-    return loaded.model, words
-
-
-def _tokenizer(folder: Path | None, model: Path) -> Any:
-    """The tokenizer in ``folder``, or in its folder ``tokenizer``."""
-    from fxquant import hf
-
-    if folder is None:
-        raise InputError(f"{model} has no tokenizer; give the folder of one with --tokenizer FOLDER")
-    from fxquant.store import TOKENIZER
-
-    place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
-    if not (place / "tokenizer_config.json").is_file():
-        raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")
-    return hf.transformers().AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
-
-
-def _read(text: Path | None) -> str | None:
-    if text is None:
-        return None
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text {text}: {error}; give a file of UTF-8 text") from error
-
-
-def _print_json(value: dict[str, Any] | Iterable[Any]) -> None:
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _note(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(f"note: {text}", style="yellow"))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,10 @@ MAY_IMPORT = {
 }
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
-    "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "hf": "top", "cli": "top",
-    "methods": "config", "demo": "top", "examples": "pipeline",
+    "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
+    "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
+    "allocation": "pipeline",
+    "hf": "top", "cli": "top", "cli_measure": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

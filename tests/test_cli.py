@@ -163,6 +163,90 @@ def test_eval_of_a_float_model_on_a_text(model: Path, tmp_path: Path) -> None:
     assert "cannot read" in run("eval", model, "--text", tmp_path / "no.txt", code=1).stderr
 
 
+def test_eval_against_the_float_model(model: Path, out: Path) -> None:
+    options = ("--windows", 4, "--length", 64)
+    found = figures("eval", out, "--against", model, *options)
+    assert found["perplexity"] == pytest.approx(figures("eval", out, *options)["perplexity"], rel=1e-6)
+    base = figures("eval", model, *options)["perplexity"]
+    against = found["against"]
+    assert against["perplexity"] == pytest.approx(base, rel=1e-5)
+    assert against["perplexity_ratio"]["value"] == pytest.approx(found["perplexity"] / base, rel=1e-5)
+    assert 0 < against["kl"]["low"] < against["kl"]["value"] < against["kl"]["high"]
+    shown = run("eval", out, "--against", model, *options).stdout
+    assert "top-1 agreement" in shown
+    assert "95 % intervals from 4 blocks of 64 tokens" in shown
+    says = "gives no confidence interval"
+    assert says in run("eval", out, "--against", model, "--windows", 1, "--length", 64, code=1).stderr
+
+
+def test_eval_of_a_classifier_and_of_hidden_states(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4,
+        num_labels=3,
+    )  # fmt: skip
+    images = {"pixel_values": torch.randn(40, 3, 8, 8)}
+    save_file(images, tmp_path / "images.safetensors")
+    save_file(images | {"labels": torch.arange(40) % 3}, tmp_path / "labelled.safetensors")
+    for name, cls in (("vit", transformers.ViTForImageClassification), ("encoder", transformers.ViTModel)):
+        cls(config).save_pretrained(tmp_path / name)
+        run("compile", tmp_path / name, "-c", "W8A16-FP8", "-o", tmp_path / f"{name}-fp8")
+    data, float_model = ("--data", tmp_path / "labelled.safetensors"), ("--against", tmp_path / "vit")
+    found = figures("eval", tmp_path / "vit-fp8", *data, *float_model)
+    assert found["samples"] == 40
+    assert found["against"]["kl"]["value"] < 0.01
+    assert "accuracy change" in run("eval", tmp_path / "vit-fp8", *data, *float_model).stdout
+    assert "of 40" in run("eval", tmp_path / "vit", *data).stdout
+    states = ("--data", tmp_path / "images.safetensors")
+    found = figures("eval", tmp_path / "encoder-fp8", *states, "--against", tmp_path / "encoder")
+    assert found["cosine"]["value"] > 0.99
+    assert "and no labels" in run("eval", tmp_path / "vit", *states, code=1).stderr
+    run("eval", tmp_path / "vit", *states, "--text", tmp_path / "t.txt", code=2)
+
+
+def test_sensitivity(model: Path, tmp_path: Path) -> None:
+    options = ("-c", "W4A16-RTN", "--windows", 2, "--length", 32)
+    found = figures("sensitivity", model, *options, "--svg", tmp_path / "s.svg")
+    assert [q["name"].rpartition(".")[2] for q in found["layers"]] == [
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    ]  # fmt: skip
+    assert found["measure"] == "kl"
+    assert found["class"] in (1, 2, 3)
+    titles = list(ElementTree.parse(tmp_path / "s.svg").getroot().iter("{http://www.w3.org/2000/svg}title"))
+    assert [t.text.partition(":")[0] for t in titles if t.text] == [q["name"] for q in found["layers"]]
+    result = run("sensitivity", model, *options[:1], "W4A16-GPTQ", *options[2:])
+    assert "perplexity above float" in result.stdout
+    assert "all layers together: KL in nats" in result.stdout
+    assert "methods of this config are not run" in result.stderr
+    assert "unknown recipe" in run("sensitivity", model, "-c", "W4", code=1).stderr
+
+
+def test_allocate(model: Path, tmp_path: Path) -> None:
+    options = ("--bits", 5.5, "--candidate", "e2m1/group32:fp16", "--candidate", "e2m3/group32:fp16",
+               "--windows", 2, "--length", 32)  # fmt: skip
+    file = tmp_path / "mixed.yaml"
+    found = figures("allocate", model, *options, "-o", file, "--check")
+    assert 4.5 < found["bits"] <= 5.5
+    assert {row["spec"] for row in found["rows"]} == {"e2m1/group32:fp16", "e2m3/group32:fp16"}
+    assert found["check"]["kl"] > 0
+    layers = figures("compile", model, "-c", file, "-o", tmp_path / "out")["layers"]
+    weights = sum(row["weights"] for row in found["rows"])
+    assert 8 * sum(q["bytes_after"] for q in layers if q["spec"]) / weights == pytest.approx(found["bits"])
+    assert {q["name"] for q in layers if not q["spec"]} == {"model.embed_tokens", "lm_head"}
+    assert "exists already" in run("allocate", model, *options, "-o", file, code=1).stderr
+    shown = run("allocate", model, *options, "-o", file, "--overwrite", "--pass", "gptq", "--check").stdout
+    assert "no choice is better" in shown
+    assert "measured, rounded to nearest: error" in shown
+    assert fxquant.load_config(file).passes == ({"gptq": {}},)
+    run("allocate", model, *options, "-o", tmp_path / "m.toml", code=2)
+    message = run("allocate", model, "--bits", 2, "-o", tmp_path / "small.json", code=1).stderr
+    assert "below the smallest possible" in message
+    assert not (tmp_path / "small.json").exists()
+
+
 def test_formats() -> None:
     assert "57344" in run("formats").stdout
     shown = run("formats", "e2m1").stdout
@@ -262,7 +346,7 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_version_and_help_are_light() -> None:
     """The program itself, as installed: help needs neither torch nor the pipeline."""
     assert run("--version").stdout.startswith("fxquant ")
-    for command in ("compile", "export", "inspect", "explain", "eval", "formats", "recipes", "demo"):
+    for command in ("compile", "export", "inspect", "explain", "eval", "sensitivity", "allocate", "formats", "demo"):
         assert command in run("--help").stdout
         assert "Usage" in run(command, "--help").stdout
     code = "import sys, fxquant.cli; print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
