@@ -30,6 +30,7 @@ from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.passes.rotate import ROTATE
 from fxquant.passes.search_formats import SEARCH_FORMATS
 from fxquant.passes.smooth import SMOOTH
+from fxquant.passes.zq_global import ZQ_GLOBAL
 from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
 from fxquant.signature import as_call
@@ -80,7 +81,10 @@ def compile(
     return CompiledModel(program, settings)
 
 
-METHODS = {method.name: method for method in (SMOOTH, ROTATE, PRE_SHIFT, SEARCH_FORMATS, GPTQ, FOLD_ACTIVATION_SCALES)}
+METHODS = {
+    method.name: method
+    for method in (SMOOTH, ROTATE, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_GLOBAL, FOLD_ACTIVATION_SCALES)
+}
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
 
 
