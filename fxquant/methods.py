@@ -57,7 +57,7 @@ class ZqGlobalOptions(MethodOptions):
     ``loss``: each token's squared error relative to its size, or ``mse``, the mean over all.
     """
 
-    iterations: int = Field(64, ge=0)
+    iterations: int = Field(48, ge=0)
     learning_rate: float = Field(0.025, gt=0, allow_inf_nan=False)
     batch: int = Field(1, ge=1)
     train_scales: StrictBool = False

