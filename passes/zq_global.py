@@ -3,7 +3,7 @@
 The graph is gone through block by block (``fxquant.blocks``). A block's quantized weights become latent weights rounded
 straight through (``solvers.distill``), and Adam changes them until the block, on inputs from the quantized blocks
 before it and with its activations rounded as the graph says, gives what the float model's block gives. ZeroQuant-V2
-(2303.08302), section 4.
+(2303.08302).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
     dW'/dw = 1 inside the range of s, 0 where it clips      straight through: q is taken for the identity
     dW'/ds = q(w / s) - w / s inside, +-max where it clips  only where scales are trained too
 
-ZeroQuant-V2 (2303.08302), section 4: ZQ-Global, where the function is a transformer block, and ZQ-Local, where it is
+ZeroQuant-V2 (2303.08302): ZQ-Global, where the function is a transformer block, and ZQ-Local, where it is
 one layer. The gradient of a scale is LSQ's (1902.08153). One thing differs from the paper: the learning rate is in
 steps of codes, so that one does for weights of any size and for every format.
 """
@@ -35,16 +35,16 @@ Loss = Callable[[Sequence[Tensor], int], Tensor]
 
 
 class Latent:
-    """A weight in training. ``float`` is the weight before rounding, of the codes' shape ``[rows, cols]``.
+    """A weight in training. ``original`` is the weight before rounding, of the codes' shape ``[rows, cols]``.
 
-    It starts at ``float`` wherever that rounds to the code ``start`` has, and at the code's own value elsewhere: so the
+    It starts at ``original`` wherever that rounds to the code ``start`` has, and at the code's own value elsewhere: so the
     weight it stands for is exactly ``start``'s, whoever chose the codes. FormatError for scales that cannot be trained.
     """
 
-    def __init__(self, start: QuantizedTensor, float: Tensor, *, train_scales: bool = False) -> None:
+    def __init__(self, start: QuantizedTensor, original: Tensor, *, train_scales: bool = False) -> None:
         if train_scales and (why := no_trained_scales(start)):
             raise FormatError(why)
-        wide = float.detach().to(torch.float64 if float.dtype == torch.float64 else torch.float32)
+        wide = original.detach().to(torch.float64 if original.dtype == torch.float64 else torch.float32)
         value = dequantize(start.codes, start.scales, start.spec, wide.dtype)
         rounded = dequantize(quantize(wide, start.scales, start.spec), start.scales, start.spec, wide.dtype)
         self.start = start
