@@ -37,7 +37,7 @@ Loss = Callable[[Sequence[Tensor], int], Tensor]
 class Latent:
     """A weight in training. ``original`` is the weight before rounding, of the codes' shape ``[rows, cols]``.
 
-    It starts at ``original`` wherever that rounds to the code ``start`` has, and at the code's own value elsewhere: so the
+    It starts at ``original`` wherever that rounds to the code ``start`` has, at the code's own value elsewhere: so the
     weight it stands for is exactly ``start``'s, whoever chose the codes. FormatError for scales that cannot be trained.
     """
 
