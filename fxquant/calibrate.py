@@ -235,7 +235,7 @@ class _Walk:
     constants: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.constants = _constants(self.gm.graph)
+        self.constants = constants(self.gm.graph)
 
     def step(self, node: fx.Node, dead: Sequence[fx.Node]) -> None:
         """Compute ``node`` for every batch and drop what is read for the last time."""
@@ -295,7 +295,7 @@ class _Walk:
         self.usage.peak_bytes = max(self.usage.peak_bytes, sum(held.values()) + extra)
 
 
-def _constants(graph: fx.Graph) -> set[fx.Node]:
+def constants(graph: fx.Graph) -> set[fx.Node]:
     """Tensors of the module, and weights: what is computed from dequantized constants alone."""
     tensors, weights = set[fx.Node](), set[fx.Node]()
     for node in graph.nodes:

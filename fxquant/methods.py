@@ -51,6 +51,29 @@ class GptqOptions(MethodOptions):
         return True
 
 
+class ZqGlobalOptions(MethodOptions):
+    """ZQ-Global. ``learning_rate``: in steps of codes; ``batch``: calibration batches an iteration.
+
+    ``train_scales``: scales too, where they are fp32, fp16 or bf16. ``blocks``: ``auto``, or a glob over module paths.
+    ``sequential``: a block's inputs come from the blocks before it as they were trained, else from the float model.
+    ``float_targets``: with sequential inputs, aim at what the float model's block gives on its own inputs.
+    ``loss``: each token's squared error relative to its size, or ``mse``, the mean over all.
+    """
+
+    iterations: int = Field(48, ge=0)
+    learning_rate: float = Field(0.025, gt=0, allow_inf_nan=False)
+    batch: int = Field(1, ge=1)
+    train_scales: StrictBool = False
+    blocks: str = Field("auto", min_length=1)
+    sequential: StrictBool = True
+    float_targets: StrictBool = True
+    loss: Literal["relative", "mse"] = "relative"
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+
 class SmoothOptions(MethodOptions):
     """SmoothQuant. ``alpha``: how much of the activations' range goes into the weights, 0 to 1."""
 
@@ -182,6 +205,7 @@ METHODS: dict[str, type[MethodOptions]] = {
     "gptq": GptqOptions,
     "zq_local": ZqLocalOptions,
     "lorc": LorcOptions,
+    "zq_global": ZqGlobalOptions,
     "fold_activation_scales": FoldActivationScalesOptions,
 }
 """The passes a config may ask for, each with its options."""

@@ -32,6 +32,7 @@ from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.passes.rotate import ROTATE
 from fxquant.passes.search_formats import SEARCH_FORMATS
 from fxquant.passes.smooth import SMOOTH
+from fxquant.passes.zq_global import ZQ_GLOBAL
 from fxquant.passes.zq_local import ZQ_LOCAL
 from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
@@ -86,7 +87,7 @@ def compile(
 METHODS = {
     method.name: method
     for method in (
-        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, LORC, FOLD_ACTIVATION_SCALES,
+        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, ZQ_GLOBAL, LORC, FOLD_ACTIVATION_SCALES,
     )
 }  # fmt: skip
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""

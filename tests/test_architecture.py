@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 CORE = (
     "errors", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts", "packing",
     "qtensor", "graph", "rewrite", "layers", "choice", "signature", "program", "ops", "qdq", "producers", "calibrate",
-    "verify", "eager", "sizes", "symbolic", "flatten", "capture",
+    "blocks", "verify", "eager", "sizes", "symbolic", "flatten", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),
