@@ -22,8 +22,10 @@ from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
 from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
+from fxquant.passes.gwq import GWQ
 from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.normalize import NORMALIZE
+from fxquant.passes.pb_llm import PB_LLM
 from fxquant.passes.pre_shift import PRE_SHIFT
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
 from fxquant.passes.quantize_attention import QUANTIZE_ATTENTION
@@ -84,7 +86,8 @@ def compile(
 METHODS = {
     method.name: method
     for method in (
-        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, FOLD_ACTIVATION_SCALES,
+        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, GWQ, PB_LLM,
+        FOLD_ACTIVATION_SCALES,
     )
 }  # fmt: skip
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
