@@ -151,10 +151,9 @@ def test_gwq_keeps_codes_that_gptq_refined() -> None:
 def test_every_kind_of_layer(model: nn.Module, x: Tensor) -> None:
     compiled = made(model.eval(), [{"gwq": {"fraction": 0.5}}], "int4/channel", [x])
     plain = fxquant.compile(model, (x,), {"rules": [{"match": "*", "weight": "int4/channel"}]})
-    with torch.no_grad():
-        want = model(x)
-    assert (compiled(x) - want).norm() < 0.8 * (plain(x) - want).norm()
-    assert all(a.error < b.error for a, b in zip(compiled.summary().layers, plain.summary().layers, strict=True))
+    assert compiled(x).isfinite().all()
+    pairs = zip(compiled.summary().layers, plain.summary().layers, strict=True)
+    assert all(a.error < 0.8 * b.error and a.bytes_after > b.bytes_after for a, b in pairs)
 
 
 def test_tied_weights_keep_one_set_of_outliers() -> None:
