@@ -17,6 +17,7 @@ them share a scale; formats with a zero point take one. The bodies are exact: va
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -399,6 +400,14 @@ def _dequantized(op: str) -> Converter:
     return convert
 
 
+def with_outliers(b: Builder, weight: ir.Value, index: ir.Value, values: ir.Value) -> ir.Value:
+    """Scattered over the flattened weight."""
+    shape = [int(d) for d in b.shape]
+    flat = b.op("Reshape", weight, b.axes(-1), dtype=b.dtype, shape=[math.prod(shape)])
+    given = b.cast(b.op("Reshape", values, b.axes(-1), dtype=values.dtype, shape=index.shape), b.dtype)
+    return b.op("Reshape", b.op("ScatterElements", flat, index, given, axis=0, shape=flat.shape), b.const(shape))
+
+
 def fake_quantize_dynamic(
     b: Builder, x: ir.Value, spec: str, exponent_bias: ir.Value | None = None, shifted: bool = False
 ) -> ir.Value:
@@ -463,6 +472,7 @@ PACKED: dict[Any, Converter] = rows(
     (linear_wq, (ops.linear_wq.default,)),
     (conv2d_wq, (ops.conv2d_wq.default,)),
     (embedding_wq, (ops.embedding_wq.default,)),
+    (with_outliers, (ops.with_outliers.default,)),
     (_dequantized("Dequantize"), (ops.dequantize_packed.default,)),
     (_dequantized("DequantizeCodes"), (ops.dequantize.default,)),
 )

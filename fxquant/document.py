@@ -348,6 +348,9 @@ def check_weight(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
     """Raise MalformedError unless the weight of one of our operators fits its spec and its shape."""
     schema: Any = node.target._schema  # type: ignore[union-attr]
     given = {**dict(zip([a.name for a in schema.arguments], node.args, strict=False)), **node.kwargs}
+    if "index" in given:
+        _check_outliers(node, constants)
+        return
     spec, where = decode_spec(given["spec"], f"node {node.name!r}"), f"node {node.name!r}"
     if "shape" not in given:
         return
@@ -368,6 +371,19 @@ def check_weight(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
         _check_codes(QuantizedTensor(codes, scale, zero_point, spec, shape, outer, bias), packed=key == "packed")
     except FormatError as error:
         raise MalformedError(f"{where}, weight {given[key].target!r}: {error}") from None
+
+
+def _check_outliers(node: fx.Node, constants: Mapping[str, Tensor]) -> None:
+    where = f"node {node.name!r}"
+    index, sizes = _constant(node.args[1], "index", where, constants), []
+    for operand in (node.args[0], node.args[2]):
+        kind = info(operand).type if isinstance(operand, fx.Node) else None
+        if not isinstance(kind, TensorType) or not all(isinstance(d, int) for d in kind.shape):
+            raise MalformedError(f"{where}: its weight or its values have no fixed shape")
+        sizes.append(math.prod(d for d in kind.shape if isinstance(d, int)))
+    assert index is not None
+    if problem := ops.outliers_problem(index, *sizes):
+        raise MalformedError(f"{where}: {problem}")
 
 
 def _fits(rows: int, shape: tuple[int, ...], rank: int | None) -> bool:

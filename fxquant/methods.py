@@ -196,6 +196,32 @@ class ZqLocalOptions(MethodOptions):
         return True
 
 
+class GwqOptions(MethodOptions):
+    """GWQ. ``fraction`` of each layer's weights that stay in 16 bits; ``samples``: how many batches choose them."""
+
+    changes_graph = True
+
+    fraction: float = Field(0.01, ge=0, le=0.5)
+    samples: int = Field(1, ge=1)
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+
+class PbLlmOptions(MethodOptions):
+    """PB-LLM. ``fraction`` of each layer's weights that stay in INT8; ``criterion``: how they are chosen."""
+
+    changes_graph = True
+
+    fraction: float = Field(0.1, ge=0, le=0.5)
+    criterion: Literal["magnitude", "hessian"] = "magnitude"
+
+    @property
+    def calibrated(self) -> bool:
+        return self.criterion == "hessian"
+
+
 METHODS: dict[str, type[MethodOptions]] = {
     "smooth": SmoothOptions,
     "rotate": RotateOptions,
@@ -206,6 +232,8 @@ METHODS: dict[str, type[MethodOptions]] = {
     "zq_local": ZqLocalOptions,
     "lorc": LorcOptions,
     "zq_global": ZqGlobalOptions,
+    "gwq": GwqOptions,
+    "pb_llm": PbLlmOptions,
     "fold_activation_scales": FoldActivationScalesOptions,
 }
 """The passes a config may ask for, each with its options."""

@@ -11,11 +11,13 @@ tested against this one. Ops on packed codes never see a float weight::
     linear_wq(x, packed, scale, zp, bias, spec, shape)  x @ W^T + bias,  W = dequantize_packed(...)
     conv2d_wq(x, packed, ..., stride, padding, dilation, groups)
     embedding_wq(indices, packed, scale, zp, spec, shape)   rows of W, only those that are asked for
+    with_outliers(weight, index, values)                weight with some of its entries replaced, stored sparse
 
 ``spec`` is a QuantSpec's text, ``shape`` the logical shape of the weight, ``zp`` a zero point or None, and
 ``tensor_scale`` the scale of scales where the spec has one. Scales may be in their stored form (``store_scale``).
 ``exponent_bias`` (int8, one a channel) is what LLM-FP4 moves from activations to weights: a weight's column is
 multiplied by 2^-bias; an activation's channel by 2^bias before it is rounded, and by 2^-bias after unless ``shifted``.
+``index`` (int32 [n], increasing) are positions in the flattened weight, ``values`` ([n] or [1, n]) what stands there.
 W is decoded in float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one.
 Gradients flow to x and bias (codes have none); ``quantize`` then ``dequantize`` has no gradient, the fake forms have.
 """
@@ -57,6 +59,7 @@ SCHEMAS = (
     f"conv2d_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, int[] stride, int[] padding, int[] dilation, "
     f"int groups, {_OUTER}) -> Tensor",
     f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
+    "with_outliers(Tensor weight, Tensor index, Tensor values) -> Tensor",
 )
 
 operators: Any = torch.ops.fxquant
@@ -151,6 +154,12 @@ def embedding_wq(
     return found.reshape(*indices.shape, shape[1])
 
 
+def with_outliers(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    flat = weight.flatten() if not weight.is_contiguous() else weight.reshape(-1).clone()
+    flat[index.long()] = values.reshape(-1).to(weight.dtype)
+    return flat.reshape(weight.shape)
+
+
 def dequantize_by_row(codes: Tensor, given: Scales, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """Real values of rows that were picked out of a matrix, each with its own scales already picked out with it."""
     wide = spec.block(*codes.shape)[1]
@@ -169,6 +178,7 @@ _BODIES: dict[str, Callable[..., Tensor]] = {
     "linear_wq": linear_wq,
     "conv2d_wq": conv2d_wq,
     "embedding_wq": embedding_wq,
+    "with_outliers": with_outliers,
 }
 for _name, _body in _BODIES.items():
     _library.impl(_name, _body, "CompositeExplicitAutograd")
@@ -213,6 +223,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "linear_wq": _fake_linear,
     "conv2d_wq": _fake_conv2d,
     "embedding_wq": _fake_embedding,
+    "with_outliers": _fake_like_x,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
@@ -281,6 +292,15 @@ for _name, _backward, _setup in (
     ("conv2d_wq", _conv2d_backward, _keep),
 ):
     torch.library.register_autograd(f"{NAMESPACE}::{_name}", _backward, setup_context=_setup, lib=_library)
+
+
+def outliers_problem(index: Tensor, size: int, count: int) -> str | None:
+    """What is wrong with the positions of ``count`` outliers in a weight of ``size`` values; None where nothing is."""
+    if index.dtype != torch.int32 or index.dim() != 1 or len(index) != count:
+        return f"positions are {index.dtype} {list(index.shape)}; {count} outliers want int32 [{count}]"
+    if count and not (int(index[0]) >= 0 and int(index[-1]) < size and bool((index.diff() > 0).all())):
+        return f"positions of outliers do not increase inside 0..{size - 1}"
+    return None
 
 
 def is_op(target: object) -> bool:

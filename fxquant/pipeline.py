@@ -22,9 +22,11 @@ from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
 from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
+from fxquant.passes.gwq import GWQ
 from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.lorc import LORC
 from fxquant.passes.normalize import NORMALIZE
+from fxquant.passes.pb_llm import PB_LLM
 from fxquant.passes.pre_shift import PRE_SHIFT
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
 from fxquant.passes.quantize_attention import QUANTIZE_ATTENTION
@@ -87,7 +89,8 @@ def compile(
 METHODS = {
     method.name: method
     for method in (
-        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, ZQ_GLOBAL, LORC, FOLD_ACTIVATION_SCALES,
+        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, ZQ_GLOBAL, GWQ, PB_LLM,
+        LORC, FOLD_ACTIVATION_SCALES,
     )
 }  # fmt: skip
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""

@@ -29,10 +29,10 @@ from fxquant.dims import Dim, evaluate, names
 from fxquant.graph import ScalarType, TensorType, info, update_info
 from fxquant.layers import Layer, swaps_matrix
 from fxquant.ops import operators as ops
-from fxquant.qdq import float_weight, quant_of, weight_error
-from fxquant.qtensor import QuantizedTensor, load_scale, store_scale
+from fxquant.qdq import float_weight, quant_of, quantized_of, weight_error
+from fxquant.qtensor import load_scale, store_scale
 from fxquant.rewrite import Decline, aten, attach, detach, fetch, free_name, get_attr, get_attrs
-from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.scheme import parse_spec
 
 
 @dataclass(frozen=True)
@@ -381,7 +381,7 @@ def _scaled(value: Tensor, factors: Tensor, axis: int) -> Tensor:
 
 def _scale_codes(gm: fx.GraphModule, node: fx.Node, factors: Tensor) -> None:
     """Powers of two into the scales of a ``dequantize`` node, and into the float weight that it stands for."""
-    spec, part = _spec(node), _scale_part(node)
+    spec, part = parse_spec(str(node.args[3])), _scale_part(node)
     assert part is not None
     old = fetch(gm, str(part.target))
     new = _scaled(old, factors, 0)
@@ -397,17 +397,7 @@ def _scale_codes(gm: fx.GraphModule, node: fx.Node, factors: Tensor) -> None:
     else:
         _exchange(gm, quant.weight, value)
     update_info(node, weight=quant)
-    update_info(node, weight=replace(quant, error=weight_error(float_weight(gm, node), _quantized(gm, node, spec))))
-
-
-def _quantized(gm: fx.GraphModule, node: fx.Node, spec: QuantSpec) -> QuantizedTensor:
-    codes, scale, zero, outer = (
-        fetch(gm, str(a.target)) if isinstance(a, fx.Node) else None
-        for a in (*node.args[:3], node.kwargs.get("tensor_scale"))
-    )
-    assert codes is not None
-    assert scale is not None
-    return QuantizedTensor(codes, scale, zero, spec, tuple(node.args[4]), outer)  # type: ignore[arg-type]
+    update_info(node, weight=replace(quant, error=weight_error(float_weight(gm, node), quantized_of(gm, node))))
 
 
 def _scale_part(node: fx.Node) -> fx.Node | None:
@@ -456,10 +446,6 @@ def _reads_size(node: fx.Node) -> bool:
 def _width(node: fx.Node) -> Dim | None:
     kind = info(node).type
     return kind.shape[-1] if isinstance(kind, TensorType) and kind.shape else None
-
-
-def _spec(node: fx.Node) -> QuantSpec:
-    return parse_spec(str(node.args[3]))
 
 
 def _name(node: fx.Node) -> str:

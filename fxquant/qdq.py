@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor, fx
 
 from fxquant import scales
@@ -118,6 +119,41 @@ def place(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.N
     attach(gm, name, value)
     with gm.graph.inserting_before(before):
         return get_attr(gm.graph, name, value)
+
+
+def add_outliers(gm: fx.GraphModule, node: fx.Node, index: Tensor, values: Tensor | QuantizedTensor) -> fx.Node:
+    """Put ``with_outliers(node, index, values)`` in the place of a dequantize node, and say what it weighs.
+
+    ``index``: int64 [n], increasing positions in the flattened weight as the node gives it; ``values``: what stands
+    there, floats [n] as they are stored, or codes [1, n] that are dequantized in the graph.
+    """
+    graph, quant = gm.graph, quant_of(node)
+    stored = index.to(torch.int32)
+    with graph.inserting_after(node):
+        new = graph.call_function(ops.with_outliers.default)
+    set_info(new, replace(info(node), weight=None))
+    places = place(gm, new, f"{quant.weight}_outlier_index", stored)
+    if isinstance(values, Tensor):
+        what, plain = place(gm, new, f"{quant.weight}_outlier_values", values), values
+    else:
+        what, plain = _dequantized(gm, new, f"{quant.weight}_outlier_values", values), values.dequantize()
+    node.replace_all_uses_with(new)
+    new.args = (node, places, what)
+    restored = ops.with_outliers(quantized_of(gm, node).dequantize(), stored, plain)
+    value = float_weight(gm, node).float()
+    error = float((restored - value).norm()) / (float(value.norm()) or 1.0)
+    update_info(node, weight=replace(quant, error=error, nbytes=quant.nbytes + stored.nbytes + values.nbytes))
+    return new
+
+
+def _dequantized(gm: fx.GraphModule, before: fx.Node, name: str, q: QuantizedTensor) -> fx.Node:
+    """``dequantize`` of new constants, in front of a node."""
+    parts = {k: place(gm, before, f"{name}_{k}", v) for k in PARTS if (v := getattr(q, k)) is not None}
+    first = tuple(parts.pop(k, None) for k in PARTS[:3])
+    with gm.graph.inserting_before(before):
+        node = gm.graph.call_function(ops.dequantize.default, (*first, str(q.spec), list(q.shape)), dict(parts))
+    set_info(node, NodeInfo(TensorType(torch.float32, q.shape), info(before).path))
+    return node
 
 
 def weight_error(value: Tensor, q: QuantizedTensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor, fx
 
 from fxquant import packing
 from fxquant.errors import FormatError, VerifyError
-from fxquant.graph import TensorType, info
-from fxquant.ops import is_op, matrix_shape
+from fxquant.graph import TensorType, info, tensor_type
+from fxquant.ops import is_op, matrix_shape, outliers_problem
 from fxquant.ops import operators as ops
 from fxquant.qtensor import QuantizedTensor, check_exponent_bias, check_scale
 from fxquant.rewrite import fetch
@@ -72,6 +73,18 @@ def weight_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
     )
 
 
+def outliers_are_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    """Positions of outliers are increasing and inside the weight, with a value for each."""
+    if node.target is not ops.with_outliers.default:
+        return None
+    weight, places, values = node.args[:3]
+    index = _value(gm, places)
+    if index is None:
+        return "the positions of its outliers are not a tensor of the module"
+    sizes = [math.prod(tensor_type(n).shape) for n in (weight, values)]  # type: ignore[arg-type]
+    return outliers_problem(index, *sizes)
+
+
 _WEIGHT_AT: dict[Any, int] = {
     ops.dequantize.default: 0,
     ops.dequantize_packed.default: 0,
@@ -130,5 +143,6 @@ INVARIANTS: tuple[Invariant, ...] = (
     constant_exists,
     weight_is_consistent,
     rounding_is_consistent,
+    outliers_are_consistent,
     operands_are_typed,
 )

@@ -30,10 +30,10 @@ _LAYER_OPS: dict[Any, str] = {
     ops.embedding_wq.default: "embedding",
 }
 _DEQUANTIZE = (ops.dequantize.default, ops.dequantize_packed.default)
-_STORED = ("codes", "packed", "scale", "zero_point", "tensor_scale", "exponent_bias")
+_STORED = ("codes", "packed", "scale", "zero_point", "tensor_scale", "exponent_bias", "index", "values")
 _VIEWS = (
     aten.to.dtype, aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.index.Tensor,
-    aten.index_select.default,
+    aten.index_select.default, ops.with_outliers.default,
 )  # fmt: skip
 _TYPES = {"linear": "linear", "embedding": "embedding", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
 
@@ -194,11 +194,26 @@ def _weight_uses(gm: fx.GraphModule) -> Iterator[_Use]:
         quant = info(node).weight
         if quant is None or (node.target not in _LAYER_OPS and node.target not in _DEQUANTIZE):
             continue
-        named = {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)} | node.kwargs
-        stored = tuple(str(named[k].target) for k in _STORED if isinstance(named.get(k), fx.Node))
+        named, stored = _named(node), _stored(node)
+        for user in node.users:
+            if user.target is ops.with_outliers.default:
+                stored += _stored(user)
         shape = tuple(int(n) for n in named["shape"])
         for layer in [node] if node.target in _LAYER_OPS else _consumers(node):
             yield _Use(layer, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
+
+
+def _named(node: fx.Node) -> dict[str, Any]:
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+def _stored(node: fx.Node) -> tuple[str, ...]:
+    """Names of the tensors that one of our operators reads, those behind quantized outliers included."""
+    found: tuple[str, ...] = ()
+    for part in (v for k, v in _named(node).items() if k in _STORED and isinstance(v, fx.Node)):
+        found += (str(part.target),) if part.op == "get_attr" else _stored(part)
+    return found
 
 
 def _consumers(node: fx.Node) -> list[fx.Node]:
