@@ -233,6 +233,13 @@ RECIPES: dict[str, Recipe] = {
         _uniform(
             "W8A8-FP8", "e4m3/channel", "FP8 E4M3 weights a row, FP8 E4M3 activations a token", activation="e4m3/token"
         ),
+        _uniform(
+            "W4A4-FPQ",
+            "e2m1/channel",
+            "FP4 weights a row and FP4 activations a tensor: formats and clips searched, shifts folded (LLM-FP4)",
+            activation="e2m1/tensor",
+            passes={"pre_shift": {}, "search_formats": {}, "fold_activation_scales": {}},
+        ),
         _uniform("MXFP4", "mxfp4", "OCP MXFP4 weights: E2M1 in blocks of 32, E8M0 scales"),
         _uniform("MXFP6", "mxfp6", "OCP MXFP6 weights: E3M2 in blocks of 32, E8M0 scales"),
         _uniform("MXFP8", "mxfp8", "OCP MXFP8 weights: E4M3 in blocks of 32, E8M0 scales"),
