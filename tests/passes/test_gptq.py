@@ -23,6 +23,11 @@ MIX = torch.randn(20, 20, generator=G)
 BATCHES = [torch.randn(16, 20, generator=G) @ MIX for _ in range(7)]  # fewer than 8: none is held out
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def gptq(model: nn.Module, data: Any, example: Any = None, spec: str = SPEC, **options: Any) -> fxquant.CompiledModel:
     config = {"rules": [{"match": "*", "weight": spec, "types": ["linear", "conv", "matmul", "embedding"]}],
               "passes": [{"gptq": options}]}  # fmt: skip

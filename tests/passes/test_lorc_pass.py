@@ -39,6 +39,16 @@ def told(compiled: fxquant.CompiledModel) -> tuple[dict[str, str], dict[str, str
     return {r.layer: r.detail for r in step.rewrites if r.rule == "lorc"}, {d.layer: d.reason for d in step.declines}
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def near(got: Tensor, want: Tensor) -> bool:
+    """But for factors on the border between two codes, which the order of a sum may move."""
+    return bool((got - want).norm() < 0.01 * want.norm())
+
+
 def moments(x: Tensor) -> Tensor:
     return 2 / len(x) * x.T @ x
 
@@ -62,7 +72,7 @@ def test_later_layers_see_the_compensated_outputs(weighting: str) -> None:
         hidden = nn.functional.gelu(nn.functional.linear(X, first, model[0].bias))
         second = by_hand(model[2].weight, data if data is None else hidden, rank=3, weighting=weighting)
         want = nn.functional.linear(hidden, second, model[2].bias)
-    assert torch.allclose(compiled(X), want, atol=1e-3)
+    assert near(compiled(X), want)
     assert set(told(compiled)[0]) == {"0", "2"}
 
 
@@ -75,7 +85,7 @@ def test_float_targets_aim_at_the_float_models_outputs() -> None:
         drift = 2 / len(X) * (nn.functional.gelu(model[0](X)) - given).T @ given
         second = by_hand(model[2].weight, given, rank=3, drift=drift)
         want = nn.functional.linear(given, second, model[2].bias)
-    assert torch.allclose(compiled(X), want, atol=1e-3)
+    assert near(compiled(X), want)
 
 
 def test_inputs_of_the_float_model() -> None:
@@ -85,7 +95,7 @@ def test_inputs_of_the_float_model() -> None:
         first = by_hand(model[0].weight, X, rank=3)
         hidden = nn.functional.gelu(nn.functional.linear(X, first, model[0].bias))
         want = nn.functional.linear(hidden, second, model[2].bias)
-    assert torch.allclose(lorc(model, rank=3, sequential=False)(X), want, atol=1e-3)
+    assert near(lorc(model, rank=3, sequential=False)(X), want)
 
 
 @pytest.mark.parametrize("factors", ["int8/channel", "e4m3/channel"])
