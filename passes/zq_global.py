@@ -104,16 +104,21 @@ class _Training:
         self._check_finite()
         with torch.no_grad():
             latents = [self._latent(node, settings.get("train_scales", False), log) for node in self.weights]
+        if not any(map(_is_float, self.rows[0])):
+            for node in self.weights:
+                log.declined(RULE, layers_on(node)[0], f"block {self.block.name} gives no floats to aim at")
+            return 0
         split = Statistics(self.block.nodes[0], [row[0] for row in self.rows])
         options = {key: settings[key] for key in ("iterations", "learning_rate", "batch")}
         found = distill(latents, self._loss(settings.get("loss", "relative")), split.train, split.held_out, **options)
+        change = self._change(found, bool(split.held_out))
         for node, latent in zip(self.weights, latents, strict=True):
             layer = layers_on(node)[0]
             if found.improved:
                 replace_weight(self.gm, node, latent.quantized(), RULE)
-                log.rewrote(RULE, layer, f"{quant_of(node).spec}, {self._change(found, bool(split.held_out))}")
+                log.rewrote(RULE, layer, f"{quant_of(node).spec}, {change}")
             else:
-                log.declined(RULE, layer, f"nothing was better than the codes it had: {self._change(found)}")
+                log.declined(RULE, layer, f"nothing was better than the codes it had: {change}")
         return sum(latent.nbytes for latent in latents) + sum(
             v.nbytes for row in self.rows for v in row if isinstance(v, Tensor)
         )
@@ -148,7 +153,7 @@ class _Training:
 
         return loss
 
-    def _change(self, found: Outcome, held_out: bool = True) -> str:
+    def _change(self, found: Outcome, held_out: bool) -> str:
         on = " held out" if held_out else ""
         before, after = math.sqrt(found.start), math.sqrt(found.best)
         return f"block {self.block.name}: output error {before:.2%} -> {after:.2%}{on}, iteration {found.iteration}"

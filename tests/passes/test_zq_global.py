@@ -209,3 +209,33 @@ def test_the_model_is_not_changed() -> None:
     compiled(model, BATCHES, zq())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_block_that_gives_no_floats_has_nothing_to_aim_at() -> None:
+    class Picks(nn.Module):
+        """Two blocks; the second gives an index."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([mlp_block(), mlp_block(pick=True)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[1](self.blocks[0](x))
+
+    details, declined = told(compiled(Picks().eval(), BATCHES, zq()))
+    assert set(details) == {"blocks.0.up", "blocks.0.down"}
+    assert declined == dict.fromkeys(["blocks.1.up", "blocks.1.down"], "block blocks.1 gives no floats to aim at")
+
+
+def mlp_block(*, pick: bool = False) -> nn.Module:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.down = nn.Linear(20, 32), nn.Linear(32, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + self.down(self.up(x).relu())
+            return y.argmax(-1) if pick else y
+
+    return Block()
