@@ -93,13 +93,26 @@ class Statistics:
     @cached_property
     def drift(self) -> Tensor | None:
         """2/n sum of (x_float - x) x^T over ``train``: how far x is from what the float model's layer is given."""
+        return self._drift(self.train)
+
+    def _drift(self, batches: Sequence[int]) -> Tensor | None:
         if self.float_inputs is None:
             return None
         total, rows = torch.zeros(()), 0
-        for i, x in zip(self.train, self.columns(self.train), strict=True):
+        for i, x in zip(batches, self.columns(batches), strict=True):
             total = total + (columns(self.node, self.float_inputs[i]).float() - x).t() @ x
             rows += len(x)
         return total * (2 / max(rows, 1))
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """``hessian`` and ``drift`` over all batches, those that are held out too."""
+        if self.held_out_hessian is None:
+            return self.hessian, self.drift
+        part = sum(len(x) for x in self.columns(self.held_out)) / max(self.rows, 1)
+        drift = self._drift(self.held_out)
+        return self.hessian.lerp(self.held_out_hessian, part), None if self.drift is None or drift is None else (
+            self.drift.lerp(drift, part)
+        )
 
     @cached_property
     def largest(self) -> Tensor:

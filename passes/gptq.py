@@ -16,7 +16,7 @@ from torch import fx
 from fxquant.calibrate import Statistics, Weights, shared_input, solvable_layers, walk
 from fxquant.errors import CalibrationError
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import float_weight, quant_of, replace_weight
+from fxquant.qdq import float_weight, quant_of, quantized_of, replace_weight
 from fxquant.qtensor import to_matrix
 from fxquant.rewrite import Log
 from fxquant.solvers.gptq import Solution, Weight, solve_together
@@ -53,8 +53,14 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
             [_weight(gm, weight_of[each]) for each in same], seen.hessian, drift=seen.drift,
             held_out=seen.held_out_hessian, **options,
         )  # fmt: skip
+        good = [each for each, solution in zip(same, found, strict=True) if not solution.fell_back]
+        final = {each: solution.quantized for each, solution in zip(same, found, strict=True)}
+        if good and seen.held_out:  # judged, so that what was held out can be used as well
+            H, drift = seen.whole()
+            again = solve_together([_weight(gm, weight_of[each]) for each in good], H, drift=drift, **options)
+            final.update((each, solution.quantized) for each, solution in zip(good, again, strict=True))
         for each, solution in zip(same, found, strict=True):
-            _accept(gm, each, weight_of[each], solution, log)
+            _accept(gm, each, weight_of[each], replace(solution, quantized=final[each]), log)
 
     weights: Weights = "quantized" if settings.get("sequential", True) else "float"
     progress, batches = settings.get("progress", quiet), settings["calibration"]
@@ -71,8 +77,10 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
 
 
 def _weight(gm: fx.GraphModule, node: fx.Node) -> Weight:
+    """The layer's weight; where its clipping was searched for, with the scales that were found."""
     quant = quant_of(node)
-    return Weight(to_matrix(float_weight(gm, node), quant.spec), quant.spec, quant.weight)
+    scales = quantized_of(gm, node).scales if quant.method == "search_formats" else None
+    return Weight(to_matrix(float_weight(gm, node), quant.spec), quant.spec, quant.weight, scales)
 
 
 def _accept(gm: fx.GraphModule, layer: fx.Node, node: fx.Node, found: Solution, log: Log) -> None:

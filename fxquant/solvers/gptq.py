@@ -62,11 +62,15 @@ def quantize_weight(
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight to solve for: ``value [rows, cols]``, what it becomes, and its name for errors."""
+    """A weight to solve for: ``value [rows, cols]``, what it becomes, and its name for errors.
+
+    ``scales``: those that its codes are to have (found by a search, say); None: they are chosen.
+    """
 
     value: Tensor
     spec: QuantSpec
     name: str = "tensor"
+    scales: Scales | None = None
 
 
 def solve(
@@ -111,10 +115,12 @@ def solve_together(
         sizes = [len(value) for value in wide]
         wide = list((torch.cat(wide) + correction(torch.cat(wide), drift, order, U)).split(sizes))
     found: dict[int, QuantizedTensor] = {}
-    for spec, dtype in dict.fromkeys((w.spec, v.dtype) for w, v in zip(weights, wide, strict=True)):
-        own = [i for i, w in enumerate(weights) if (w.spec, wide[i].dtype) == (spec, dtype)]
-        problem = _Problem([wide[i] for i in own], U.to(dtype), order, spec, clip, weights[own[0]].name)
-        solved = problem.feed_back(static=act_order or spec.kind.outer is not None, block_size=block_size)
+    kinds = [(w.spec, v.dtype, w.scales is not None) for w, v in zip(weights, wide, strict=True)]
+    for spec, dtype, given in dict.fromkeys(kinds):
+        own = [i for i, kind in enumerate(kinds) if kind == (spec, dtype, given)]
+        held = [s for i in own if (s := weights[i].scales) is not None]
+        problem = _Problem([wide[i] for i in own], U.to(dtype), order, spec, clip, weights[own[0]].name, held)
+        solved = problem.feed_back(static=act_order or given or spec.kind.outer is not None, block_size=block_size)
         found.update(zip(own, solved, strict=True))
     return [_judged(wide[i], found[i], rtn[i], H, held_out, damping) for i in range(len(weights))]
 
@@ -202,6 +208,7 @@ class _Problem:
     spec: QuantSpec
     clip: Clip
     name: str
+    given: list[Scales]
 
     def feed_back(self, *, static: bool, block_size: int) -> list[QuantizedTensor]:
         """The solved weights; ``static``: all scales are found before, on the weights themselves.
@@ -213,7 +220,9 @@ class _Problem:
         columns = torch.cat([w.t()[self.order] for w in self.weights], 1)  # a column of W is a row here
         cols, wide = len(columns), self.spec.block(*self.weights[0].shape)[1]
         at = (self.order // wide).tolist()
-        chosen = {0: [choose(w, self.spec, clip=self.clip, name=self.name) for w in self.weights]} if static else {}
+        chosen: dict[int, list[Scales]] = {}
+        if static:
+            chosen[0] = self.given or [choose(w, self.spec, clip=self.clip, name=self.name) for w in self.weights]
         grids = self._spread(chosen[0]) if static else []
         nearest, transposed, pivots = _rounding(self.spec, columns.dtype), self.U.t().contiguous(), self.U.diagonal()
         divisors = pivots.tolist()

@@ -247,3 +247,14 @@ def test_a_layer_that_is_worse_on_held_out_data_falls_back() -> None:
     assert "worse than round-to-nearest" in told(refused)[1]["0"]
     rtn = fxquant.compile(model, (wide,), {"rules": [{"match": "*", "weight": SPEC}]})
     assert torch.equal(refused(wide), rtn(wide))
+
+
+def test_after_the_judgement_what_was_held_out_is_used_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 8, bias=False)).eval()
+    data = [*BATCHES, torch.randn(16, 20, generator=G) @ MIX]
+    compiled, x = gptq(model, data), torch.cat(data)
+    assert "held out" in told(compiled)[0]["0"]
+    with torch.no_grad():
+        want = nn.functional.linear(x, solved(model[0].weight, x))
+    assert torch.allclose(compiled(x), want, atol=1e-4)

@@ -222,3 +222,17 @@ def test_onnx_computes_the_same(passes: list[Any], activation: str, tmp_path: Pa
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     close = (torch.from_numpy(got) - compiled(x)).abs() < 1e-4
     assert float(close.float().mean()) > 0.99  # a value at a rounding boundary may fall to the other side
+
+
+def test_gptq_keeps_the_clips_that_were_searched() -> None:
+    model = mlp().eval()
+    passes = ["pre_shift", "search_formats"]
+    searched, refined = build(model, passes), build(model, [*passes, {"gptq": {"float_targets": True}}])
+
+    def scales(compiled: Any) -> list[Tensor]:
+        nodes = compiled.program.gm.graph.find_nodes(op="call_function", target=ops.linear_wq.default)
+        return [constant(compiled, n.args[2]) for n in nodes]
+
+    assert all(torch.equal(a, b) for a, b in zip(scales(searched), scales(refined), strict=True))
+    assert {q.method for q in refined.summary().layers} == {"gptq"}
+    assert error(refined, model) < error(searched, model)
