@@ -18,7 +18,7 @@ from fxquant.graph import info
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
 from fxquant.qdq import place, put, rounding_spec
-from fxquant.rewrite import Log, fetch
+from fxquant.rewrite import Log, aten, fetch
 from fxquant.scales import choose, power_of_two
 from fxquant.solvers.search import channel_bias, shift_limit
 
@@ -28,8 +28,12 @@ RULE = "pre_shift"
 def pre_shift(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``calibration``, ``progress``, ``max_shift`` (None: 2^E - 1 of the activation's format)."""
     gm, log = program.gm, Log()
-    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in ROUNDINGS]
-    if not nodes:
+    rounded = [n for n in gm.graph.nodes if n.op == "call_function" and n.target in ROUNDINGS]
+    nodes = [n for n in rounded if all(user.target is aten.linear.default for user in n.users)]
+    for node in rounded:
+        if node not in nodes:
+            log.declined(RULE, node, "it is multiplied by another activation, and no weight could take its shifts")
+    if not rounded:
         raise ConfigError(
             "pre_shift shifts channels of rounded activations, and no rule of the config rounds any: give an "
             "activation, such as e2m1/tensor"

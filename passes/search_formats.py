@@ -133,14 +133,13 @@ def _reads_weights(node: fx.Node) -> bool:
 
 def _search_operand(gm: fx.GraphModule, node: fx.Node, seen: Statistics, settings: Mapping[str, Any], log: Log) -> None:
     """The format and clip with the least squared error of an operand of attention, which is multiplied by no weight."""
-    rounding = _Rounding(gm, node, torch.ones(1), settings)
+    rounding = _Rounding(gm, node, seen.largest.reshape(1), settings)
     if not rounding_spec(node).static:
         log.declined(RULE, node, "an operand of attention whose scales are found when it runs; its format stays")
         return
     per = max(OPERANDS // len(seen.inputs), 1)
     x = torch.cat([x.flatten()[:: max(x.numel() // per, 1)].float() for x in seen.inputs])
-    x = torch.cat([x, seen.largest.reshape(1)]).unsqueeze(1)  # the clips start at the largest magnitude of all
-    rounding.search(x, torch.ones(1, 1), torch.Generator().manual_seed(0), again=False)
+    rounding.search(x.unsqueeze(1), torch.ones(1, 1), torch.Generator().manual_seed(0), again=False)
     rounding.write(log)
 
 
@@ -171,7 +170,7 @@ class _Rounding:
         formats = _candidates(spec, self.settings)
         if spec.static:
             self.state = search_activation(
-                x, W, spec, formats, shift=shift, limit=self.settings.get("max_shift"),
+                x, W, self.absmax, spec, formats, shift=shift, limit=self.settings.get("max_shift"),
                 steps=self.settings.get("steps", 100), octaves=self.settings.get("octaves", 2.0),
                 near=self.state.step if again else None, generator=generator,
             )  # fmt: skip

@@ -82,15 +82,16 @@ def projection(rows: int, generator: torch.Generator, width: int = WIDTH) -> Ten
 
 # --- activations ------------------------------------------------------------------------------------------------------
 def search_activation(
-    x: Tensor, W: Tensor, spec: QuantSpec, formats: Sequence[Format], *, shift: bool, limit: int | None = None,
-    steps: int = 100, octaves: float = 2.0, near: int | None = None, generator: torch.Generator,
+    x: Tensor, W: Tensor, absmax: Tensor, spec: QuantSpec, formats: Sequence[Format], *, shift: bool,
+    limit: int | None = None, steps: int = 100, octaves: float = 2.0, near: int | None = None,
+    generator: torch.Generator,
 ) -> Activation:  # fmt: skip
     """The best format and clip for a sample of rows ``x [n, K]`` that are multiplied by ``W [N, K]``.
 
-    ``shift``: with a shift of every channel, up to ``limit`` (by default the format's ``shift_limit``). ``near``: only
-    the clips around that step are tried (later rounds). CalibrationError for a sample of zeros.
+    ``absmax`` [K]: the largest magnitude of each channel in all of the data, which a sample may not hold. ``shift``:
+    with a shift of every channel, up to ``limit`` (by default the format's ``shift_limit``). ``near``: only the clips
+    around that step are tried (later rounds). CalibrationError where all of the data are zeros.
     """
-    absmax = x.abs().amax(0)
     largest = float(absmax.amax())
     if not largest > 0:
         raise CalibrationError("an activation is zero in all of the calibration data")
