@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibrate import ROUNDINGS, Batch, constants
+from fxquant.calibrate import Batch, constants
 from fxquant.graph import info
+from fxquant.ops import ROUNDINGS
 from fxquant.qdq import float_weight, quantized_weights
 from fxquant.rewrite import fetch
 

@@ -303,6 +303,10 @@ def outliers_problem(index: Tensor, size: int, count: int) -> str | None:
     return None
 
 
+ROUNDINGS = (operators.fake_quantize.default, operators.fake_quantize_dynamic.default)
+"""Operators that round an activation."""
+
+
 def is_op(target: object) -> bool:
     """Whether an fx target is an operator of ours."""
     return isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE

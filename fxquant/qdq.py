@@ -121,6 +121,12 @@ def place(gm: fx.GraphModule, before: fx.Node, name: str, value: Tensor) -> fx.N
         return get_attr(gm.graph, name, value)
 
 
+def quantized_matrix(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
+    """The same as a matrix, the form that solvers take: its shape is that of the codes."""
+    q = quantized_of(gm, node)
+    return replace(q, shape=tuple(q.codes.shape))
+
+
 def add_outliers(gm: fx.GraphModule, node: fx.Node, index: Tensor, values: Tensor | QuantizedTensor) -> fx.Node:
     """Put ``with_outliers(node, index, values)`` in the place of a dequantize node, and say what it weighs.
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxquant import packing
 from fxquant.errors import FormatError, VerifyError
 from fxquant.graph import TensorType, info, tensor_type
-from fxquant.ops import is_op, matrix_shape, outliers_problem
+from fxquant.ops import ROUNDINGS, is_op, matrix_shape, outliers_problem
 from fxquant.ops import operators as ops
 from fxquant.qtensor import QuantizedTensor, check_exponent_bias, check_scale
 from fxquant.rewrite import fetch
@@ -123,7 +123,7 @@ def operands_are_typed(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 def rounding_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
     """A rounded activation has a positive scale where it is static, and an exponent bias a channel where it has any."""
-    if node.op != "call_function" or node.target not in _ROUNDINGS:
+    if node.op != "call_function" or node.target not in ROUNDINGS:
         return None
     bias, x = _value(gm, node.kwargs.get("exponent_bias")), info(node).type
     width = x.shape[-1] if isinstance(x, TensorType) and x.shape else None
@@ -134,8 +134,6 @@ def rounding_is_consistent(gm: fx.GraphModule, node: fx.Node) -> str | None:
         return "a scale is not a positive finite number"
     return None
 
-
-_ROUNDINGS = (ops.fake_quantize.default, ops.fake_quantize_dynamic.default)
 
 INVARIANTS: tuple[Invariant, ...] = (
     is_known_operation,

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibrate import ROUNDINGS
 from fxquant.formats import parse_format
+from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.producers import plan_fold
 from fxquant.program import Pass, Program

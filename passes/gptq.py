@@ -6,14 +6,13 @@ layer is solved for come from the graph itself, by default with all layers befor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from fxquant.calibrate import Statistics, Weights, shared_input, solvable_layers, walk
+from fxquant.calibrate import Statistics, Weights, error_change, shared_input, solvable_layers, walk
 from fxquant.errors import CalibrationError
 from fxquant.program import Pass, Program, quiet
 from fxquant.qdq import float_weight, quant_of, quantized_of, replace_weight
@@ -94,11 +93,8 @@ def _accept(gm: fx.GraphModule, layer: fx.Node, node: fx.Node, found: Solution, 
 
 def _change(found: Solution) -> str:
     """The output errors ||dW X|| / ||W X|| of round-to-nearest and of what was found."""
-    before, after, held_before, held_after = (
-        math.sqrt(max(part, 0.0)) for part in (found.rtn_loss, found.loss, found.held_out_rtn, found.held_out)
-    )
-    held = "" if (before, after) == (held_before, held_after) else f" ({held_before:.2%} -> {held_after:.2%} held out)"
-    return f"output error {before:.2%} -> {after:.2%}{held}, damping {found.damping:g}"
+    errors = error_change(found.rtn_loss, found.loss, found.held_out_rtn, found.held_out)
+    return f"output error {errors}, damping {found.damping:g}"
 
 
 GPTQ = Pass("gptq", "refine codes against the inputs of each layer (GPTQ)", gptq)

@@ -9,7 +9,6 @@ layer: what later layers are given has the compensation of those before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibrate import Statistics, Weights, solvable_layers, walk
+from fxquant.calibrate import Statistics, Weights, error_change, solvable_layers, walk
 from fxquant.errors import CalibrationError
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, info, set_info, tensor_type
 from fxquant.ops import operators as ops
@@ -181,11 +180,8 @@ def _restored(gm: fx.GraphModule, weight: fx.Node) -> Tensor:
 
 def _change(found: Solution, on_outputs: bool) -> str:
     """The errors ||(W - W') X|| / ||W X|| (or ||W - W'|| / ||W||) without and with the factors."""
-    before, after, held_before, held_after = (
-        math.sqrt(max(part, 0.0)) for part in (found.before, found.after, found.held_out_before, found.held_out)
-    )
-    held = "" if (before, after) == (held_before, held_after) else f" ({held_before:.2%} -> {held_after:.2%} held out)"
-    return f"{'output' if on_outputs else 'weight'} error {before:.2%} -> {after:.2%}{held}"
+    errors = error_change(found.before, found.after, found.held_out_before, found.held_out)
+    return f"{'output' if on_outputs else 'weight'} error {errors}"
 
 
 LORC = Pass("lorc", "give back what quantization took, by two thin products beside each linear (LoRC)", lorc)

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxquant.calibrate import ROUNDINGS, Statistics, walk
+from fxquant.calibrate import Statistics, walk
 from fxquant.errors import ConfigError
 from fxquant.graph import info
+from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
 from fxquant.qdq import place, put, rounding_spec

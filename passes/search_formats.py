@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxquant.calibrate import ROUNDINGS, Statistics, walk, why_not
+from fxquant.calibrate import Statistics, walk, why_not
 from fxquant.formats import Format
 from fxquant.grids import FloatFormat
+from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import float_weight, put, quant_of, quantized_weights, requantize, rounding_spec
+from fxquant.qdq import float_weight, put, quant_of, quantized_matrix, quantized_weights, requantize, rounding_spec
 from fxquant.qtensor import QuantizedTensor, fake_quantize, to_matrix
 from fxquant.rewrite import Log, aten, fetch
 from fxquant.scales import Scales
@@ -97,7 +98,7 @@ def _groups(gm: fx.GraphModule, log: Log) -> list[Group]:
 def _search(gm: fx.GraphModule, group: Group, seen: Statistics, settings: Mapping[str, Any], log: Log) -> None:
     generator = torch.Generator().manual_seed(0)
     W = [to_matrix(float_weight(gm, w), quant_of(w).spec).float() for w in group.weights]
-    found = [_current(gm, w) for w in group.weights]
+    found = [quantized_matrix(gm, w) for w in group.weights]
     cols = W[0].shape[1]
     rows = _rows(seen, max(4 * SAMPLE, 2 * cols))
     few = rows[:: max(len(rows) // SAMPLE, 1)]
@@ -213,11 +214,6 @@ def _candidates(spec: QuantSpec, settings: Mapping[str, Any]) -> Sequence[Format
     if settings.get("formats", "all") == "same" or not isinstance(own, FloatFormat):
         return [own]
     return [own, *(format for format in formats_of(own.bits) if format != own)]
-
-
-def _current(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
-    codes, scale = (fetch(gm, str(a.target)) for a in node.args[:2] if isinstance(a, fx.Node))
-    return QuantizedTensor(codes, scale, None, quant_of(node).spec, tuple(codes.shape))
 
 
 def _rows(seen: Statistics, count: int) -> Tensor:

@@ -6,18 +6,17 @@ form; the codes get new values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from fxquant.calibrate import Statistics, Weights, solvable_layers, walk
+from fxquant.calibrate import Statistics, Weights, error_change, solvable_layers, walk
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import PARTS, float_weight, quant_of, replace_weight
-from fxquant.qtensor import QuantizedTensor, to_matrix
-from fxquant.rewrite import Log, fetch
+from fxquant.qdq import float_weight, quant_of, quantized_matrix, replace_weight
+from fxquant.qtensor import to_matrix
+from fxquant.rewrite import Log
 from fxquant.solvers.zq_local import Solution, solve
 
 RULE = "zq_local"
@@ -37,7 +36,7 @@ def zq_local(program: Program, settings: Mapping[str, Any]) -> Log:
         node = weight_of[layer]
         quant, value = quant_of(node), float_weight(gm, node)
         found = solve(
-            to_matrix(value, quant.spec), _start(gm, node), seen.hessian, drift=seen.drift,
+            to_matrix(value, quant.spec), quantized_matrix(gm, node), seen.hessian, drift=seen.drift,
             held_out=seen.held_out_hessian, name=quant.weight, **options,
         )  # fmt: skip
         if found.fell_back:
@@ -54,25 +53,8 @@ def zq_local(program: Program, settings: Mapping[str, Any]) -> Log:
     return log
 
 
-def _start(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
-    """The codes and scales that a dequantize node reads, as a matrix."""
-    operands = (*node.args[:3], *(node.kwargs.get(part) for part in PARTS[3:]))
-    given = {
-        part: None if operand is None else fetch(gm, str(operand.target))  # type: ignore[union-attr]
-        for part, operand in zip(PARTS, operands, strict=True)
-    }
-    codes = given["codes"]
-    assert codes is not None
-    return QuantizedTensor(**given, spec=quant_of(node).spec, shape=tuple(codes.shape))  # type: ignore[arg-type]
-
-
 def _change(found: Solution) -> str:
-    """The errors ||(W - W') X|| / ||W X|| before and after."""
-    before, after, held_before, held_after = (
-        math.sqrt(max(part, 0.0)) for part in (found.before, found.after, found.held_out_before, found.held_out)
-    )
-    held = "" if (before, after) == (held_before, held_after) else f" ({held_before:.2%} -> {held_after:.2%} held out)"
-    return f"output error {before:.2%} -> {after:.2%}{held}"
+    return f"output error {error_change(found.before, found.after, found.held_out_before, found.held_out)}"
 
 
 ZQ_LOCAL = Pass("zq_local", "refine codes by gradient descent on each layer's output (ZQ-Local)", zq_local)

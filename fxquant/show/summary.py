@@ -19,8 +19,10 @@ from torch import fx
 import fxquant.ops  # noqa: F401  (defines the operators)
 from fxquant.graph import WeightQuant, info
 from fxquant.layers import Layer, find_layers
+from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Program, Step, target_name
+from fxquant.qdq import rounding_spec
 from fxquant.rewrite import aten, get_attrs, identity, tensors
 from fxquant.show.units import percent, seconds, size, table
 
@@ -282,11 +284,7 @@ def _in_float(layer: Layer, reasons: dict[str, str], tied_to: str | None) -> Lay
 def _activation(layer: fx.Node) -> str | None:
     """The spec that the layer's input is rounded to."""
     first = layer.args[0] if layer.args else None
-    if not isinstance(first, fx.Node):
-        return None
-    if first.target is ops.fake_quantize_dynamic.default:
-        return str(first.args[1])
-    return str(first.args[3]) if first.target is ops.fake_quantize.default else None
+    return str(rounding_spec(first)) if isinstance(first, fx.Node) and first.target in ROUNDINGS else None
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
