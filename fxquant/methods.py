@@ -32,7 +32,15 @@ class MethodOptions(BaseModel):
         return False
 
 
-class GptqOptions(MethodOptions):
+class CalibratedOptions(MethodOptions):
+    """Options of a method that always needs data."""
+
+    @property
+    def calibrated(self) -> bool:
+        return True
+
+
+class GptqOptions(CalibratedOptions):
     """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal; ``clip``: how scales are chosen.
 
     ``sequential``: a layer's inputs come from the layers before it as they were refined, else from the float weights.
@@ -46,12 +54,8 @@ class GptqOptions(MethodOptions):
     sequential: StrictBool = True
     float_targets: StrictBool = False
 
-    @property
-    def calibrated(self) -> bool:
-        return True
 
-
-class ZqGlobalOptions(MethodOptions):
+class ZqGlobalOptions(CalibratedOptions):
     """ZQ-Global. ``learning_rate``: in steps of codes; ``batch``: calibration batches an iteration.
 
     ``train_scales``: scales too, where they are fp32, fp16 or bf16. ``blocks``: ``auto``, or a glob over module paths.
@@ -69,22 +73,14 @@ class ZqGlobalOptions(MethodOptions):
     float_targets: StrictBool = True
     loss: Literal["relative", "mse"] = "relative"
 
-    @property
-    def calibrated(self) -> bool:
-        return True
 
-
-class SmoothOptions(MethodOptions):
+class SmoothOptions(CalibratedOptions):
     """SmoothQuant. ``alpha``: how much of the activations' range goes into the weights, 0 to 1."""
 
     on = "float"
     changes_graph = True
 
     alpha: float = Field(0.5, ge=0, le=1)
-
-    @property
-    def calibrated(self) -> bool:
-        return True
 
 
 class QuantizeAttentionOptions(MethodOptions):
@@ -109,16 +105,12 @@ class QuantizeAttentionOptions(MethodOptions):
         return parse_spec(self.spec).static
 
 
-class PreShiftOptions(MethodOptions):
+class PreShiftOptions(CalibratedOptions):
     """LLM-FP4's pre-shifted exponent bias. ``max_shift``: the most for a channel; null: 2^E - 1 of the format."""
 
     changes_graph = True
 
     max_shift: int | None = Field(None, ge=0, le=64)
-
-    @property
-    def calibrated(self) -> bool:
-        return True
 
 
 class RotateOptions(MethodOptions):
@@ -182,7 +174,7 @@ class LorcOptions(MethodOptions):
         return self.weighting != "none" or self.float_targets
 
 
-class ZqLocalOptions(MethodOptions):
+class ZqLocalOptions(CalibratedOptions):
     """ZQ-Local. ``learning_rate`` is in units of a weight's scale; the others as for GPTQ."""
 
     iterations: int = Field(64, ge=1)
@@ -191,22 +183,14 @@ class ZqLocalOptions(MethodOptions):
     sequential: StrictBool = True
     float_targets: StrictBool = False
 
-    @property
-    def calibrated(self) -> bool:
-        return True
 
-
-class GwqOptions(MethodOptions):
+class GwqOptions(CalibratedOptions):
     """GWQ. ``fraction`` of each layer's weights that stay in 16 bits; ``samples``: how many batches choose them."""
 
     changes_graph = True
 
     fraction: float = Field(0.01, ge=0, le=0.5)
     samples: int = Field(1, ge=1)
-
-    @property
-    def calibrated(self) -> bool:
-        return True
 
 
 class PbLlmOptions(MethodOptions):
