@@ -20,7 +20,7 @@ a table with one row for each of the kinds in ``KINDS``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -116,14 +116,47 @@ def trace(expr: Expr) -> tuple[Bit, ...]:
 
 def cost(*exprs: Expr) -> dict[str, int]:
     """How many operations of each kind ``exprs`` take together; what they share is counted once."""
-    seen = {node for expr in exprs for node in _nodes(expr) if node.kind != "word"}
-    return dict(Counter(node.kind for node in seen))
+    return dict(Counter(node.kind for node in nodes(*exprs) if node.kind != "word"))
 
 
-def _nodes(expr: Expr) -> Iterator[Expr]:
-    yield expr
-    for arg in expr.args:
-        yield from _nodes(arg)
+def widen(expr: Expr, bits: int = 32) -> Expr:
+    """``expr`` on all lanes of words of ``bits`` bits at once, of which each lane is one word of ``expr``.
+
+    A shift brings in bits of the neighbouring lane, which are masked away; masks that follow each other become one.
+    Raises FormatError for rotations and permutations, which do not stay inside a lane.
+    """
+    if expr.kind in ("rotl", "permute") or bits % expr.bits:
+        raise FormatError(f"{expr.kind} of {expr.bits} bits has no form on lanes of a word of {bits}")
+    if expr.kind == "word":
+        return word(expr.name, bits)
+    args = [widen(arg, bits) for arg in expr.args]
+    if expr.kind == "or":
+        return args[0] | args[1]
+    one = sum(1 << at for at in range(0, bits, expr.bits))
+    full = (1 << expr.bits) - 1
+    if expr.kind == "and":
+        return _masked(args[0], one * expr.by)
+    shifted = args[0] << expr.by if expr.kind == "shl" else args[0] >> expr.by
+    return _masked(shifted, one * (full << expr.by & full if expr.kind == "shl" else full >> expr.by))
+
+
+def _masked(x: Expr, mask: int) -> Expr:
+    return x.args[0] & (x.by & mask) if x.kind == "and" else x & mask
+
+
+def nodes(*exprs: Expr) -> list[Expr]:
+    """Every operation and word of ``exprs``, once, each after what it needs."""
+    found: dict[Expr, None] = {}
+
+    def visit(expr: Expr) -> None:
+        if expr not in found:
+            for arg in expr.args:
+                visit(arg)
+            found[expr] = None
+
+    for expr in exprs:
+        visit(expr)
+    return list(found)
 
 
 class Kind(NamedTuple):

@@ -165,7 +165,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @cache
 def _plan(layout: Layout) -> Plan:
-    lanes = layout.unit_slots if layout.unit_slots <= 8 else 4
+    lanes = _lanes(layout)
     pieces, place = _pieces(layout)
     size = next(size for size in _INTEGERS if size >= max(lanes, *(piece.nbytes for piece in pieces)))
     runs: dict[tuple[int, int], dict[int, int]] = {}  # (source, piece) -> shift -> bits of the source
@@ -180,6 +180,18 @@ def _plan(layout: Layout) -> Plan:
     return Plan(lanes, _INTEGERS[size], pieces, paths, sizes, order)
 
 
+def _lanes(layout: Layout) -> int:
+    """Codes of a source: all slots of a unit, or those of its last axes, up to four."""
+    if layout.unit_slots <= 8:
+        return layout.unit_slots
+    lanes = 1
+    for axis in reversed(layout.slots.split()):
+        if lanes * layout.sizes[axis] > 4:
+            break
+        lanes *= layout.sizes[axis]
+    return lanes
+
+
 def _path(source: int, piece: int, runs: dict[int, int], size: int) -> Path:
     """The path for ``runs``, shift -> bits of the source, in integers of ``size`` bytes."""
     folds = []
@@ -192,14 +204,15 @@ def _path(source: int, piece: int, runs: dict[int, int], size: int) -> Path:
 
 def _fold(runs: dict[int, int]) -> tuple[Fold, dict[int, int]] | None:
     """Four or more runs as one move of every other one next to the one before, and half of the runs; four operations
-    in place of six or more. None where distances differ, or the moved bits would not be free."""
+    in place of six or more. None where distances differ, or the moved bits would not be free or would fall out."""
     shifts = sorted(runs)
     if len(shifts) < 4 or len(shifts) % 2:
         return None
     by = shifts[1] - shifts[0]
     stay = sum(runs[shift] for shift in shifts[::2])
-    move = sum(runs[shift] for shift in shifts[1::2]) >> by
-    if stay & move or any(b - a != by for a, b in zip(shifts[::2], shifts[1::2], strict=True)):
+    moving = sum(runs[shift] for shift in shifts[1::2])
+    move = moving >> by
+    if stay & move or move << by != moving or any(b - a != by for a, b in zip(shifts[::2], shifts[1::2], strict=True)):
         return None
     return Fold(by, stay, move), {a: runs[a] | runs[a + by] >> by for a in shifts[::2]}
 

@@ -1,0 +1,98 @@
+"""Triton sources: a module of kernels for a format, written out from a decoding and a template.
+
+A family is a template of ``codegen/templates``; a format is a ``Decoding``, whose bit expressions are printed twice
+into the module, as Triton and as PTX: the kernels take either (``USE_ASM``). What is emitted imports triton and nothing
+else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+from fxquant.codegen import bit_printers
+from fxquant.decodings import Decoding
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module: ``name`` is the stem of its file, ``text`` what stands in it."""
+
+    name: str
+    text: str
+
+
+@cache
+def weight_only(decoding: Decoding) -> Source:
+    """Kernels ``gemm``, ``reduce`` and ``dense`` for weights of a format and activations of 16 bits."""
+    words = [word.name for word in decoding.words]
+    results = 2 * decoding.slices
+    asm = bit_printers.steps_of(decoding.outputs, {name: f"${results + i}" for i, name in enumerate(words)})
+    body = bit_printers.steps_of(decoding.outputs)
+    text = _render(
+        "weight_only.py.j2",
+        decoding,
+        title=f"Weights of {decoding.format} times activations of float16.",
+        words=words,
+        constraints=",".join(["=h"] * results + ["r"] * len(words)),
+        asm=bit_printers.ptx(asm, halves=True),
+        body=bit_printers.triton(body),
+        results=body.results,
+    )
+    return Source(f"weight_only_{decoding.format}", text)
+
+
+def _render(template: str, decoding: Decoding, **values: Any) -> str:
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            version=version("fxquant"),
+            log2=decoding.log2,
+            slices=decoding.slices,
+            picture=picture(decoding),
+            **values,
+        )
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    def load(name: str) -> str:
+        return (files("fxquant.codegen") / "templates" / name).read_text(encoding="utf-8")
+
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(load), autoescape=False, keep_trailing_newline=True, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+
+
+def picture(decoding: Decoding) -> str:
+    """How codes lie in words, line by line."""
+    layout, bits = decoding.layout, decoding.words[0].bits
+    places = ", ".join(str(place) for place in layout.places)
+    shown = [
+        f"A unit is {len(decoding.words)} words of {bits} bits and holds {layout.unit_slots} codes. They come out in",
+        f"lanes of {bits // len(layout.lanes)} bits, the bits of a code, lowest first, at {places}:",
+        "",
+    ]
+    for g, (expr, slots) in enumerate(zip(layout.decode, _slots(decoding), strict=True)):
+        shown.append(f"    T{g} = {str(expr).removeprefix('(').removesuffix(')')}")
+        shown.append(f"         {slots}")
+    return "\n".join(shown)
+
+
+def _slots(decoding: Decoding) -> list[str]:
+    """For each decoded word the slices and columns of its lanes."""
+    per = decoding.slices // len(decoding.layout.decode)
+    if decoding.target is not None:
+        return [f"slice {g}, column r" for g in range(decoding.slices)]
+    return [
+        "slice " + " and ".join(str(per * g + q) for q in range(per)) + ", columns 2r and 2r + 1"
+        for g in range(len(decoding.layout.decode))
+    ]
