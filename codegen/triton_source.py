@@ -15,8 +15,10 @@ from typing import Any
 
 import jinja2
 
+from fxquant.bitops import widen
 from fxquant.codegen import bit_printers
 from fxquant.decodings import Decoding
+from fxquant.grids import FloatFormat
 
 
 @dataclass(frozen=True)
@@ -28,34 +30,66 @@ class Source:
 
 
 @cache
-def weight_only(decoding: Decoding) -> Source:
-    """Kernels ``gemm``, ``reduce`` and ``dense`` for weights of a format and activations of 16 bits."""
+def gemm(decoding: Decoding) -> Source:
+    """Kernels ``gemm``, ``reduce`` and ``dense`` for weights of a format, times activations of float16 or FP8."""
+    return _half_gemm(decoding) if decoding.target is None else _byte_gemm(decoding, decoding.target)
+
+
+def _half_gemm(decoding: Decoding) -> Source:
+    """Activations of 16 bits: registers of two float16, each of them two operands of the assembly."""
     words = [word.name for word in decoding.words]
     results = 2 * decoding.slices
     asm = bit_printers.steps_of(decoding.outputs, {name: f"${results + i}" for i, name in enumerate(words)})
-    body = bit_printers.steps_of(decoding.outputs)
     text = _render(
-        "weight_only.py.j2",
         decoding,
-        title=f"Weights of {decoding.format} times activations of float16.",
-        words=words,
+        bit_printers.steps_of(decoding.outputs),
+        x="float16",
+        word="int32",
+        width="2 * RUN",
+        byte="",
         constraints=",".join(["=h"] * results + ["r"] * len(words)),
         asm=bit_printers.ptx(asm, halves=True),
-        body=bit_printers.triton(body),
-        results=body.results,
     )
     return Source(f"weight_only_{decoding.format}", text)
 
 
-def _render(template: str, decoding: Decoding, **values: Any) -> str:
+def _byte_gemm(decoding: Decoding, target: FloatFormat) -> Source:
+    """Activations of FP8: the assembly decodes four bytes at a time, each for itself."""
+    words = [word.name for word in decoding.words]
+    results = decoding.slices
+    names = {name: f"${results + i}" for i, name in enumerate(words)}
+    asm = bit_printers.steps_of([widen(output) for output in decoding.outputs], names)
+    text = _render(
+        decoding,
+        bit_printers.steps_of(decoding.outputs),
+        x="E4M3 or E5M2",
+        word="uint8",
+        width="RUN",
+        byte=str(target),
+        byte_type=_BYTE_TYPES[str(target)],
+        constraints=",".join(["=r"] * results + ["r"] * len(words)),
+        asm=bit_printers.ptx(asm),
+    )
+    return Source(f"fp8_{decoding.format}_{target}", text)
+
+
+_BYTE_TYPES = {"e4m3": "float8e4nv", "e5m2": "float8e5"}
+"""What Triton calls the byte floats that tensor cores multiply."""
+
+
+def _render(decoding: Decoding, body: bit_printers.Steps, **values: Any) -> str:
     return (
         _environment()
-        .get_template(template)
+        .get_template("gemm.py.j2")
         .render(
             version=version("fxquant"),
+            title=f"Weights of {decoding.format} times activations of {values['x']}.",
             log2=decoding.log2,
             slices=decoding.slices,
+            words=[word.name for word in decoding.words],
             picture=picture(decoding),
+            body=bit_printers.triton(body),
+            results=body.results,
             **values,
         )
     )

@@ -33,8 +33,10 @@ from fxquant.tilings import tile
 
 BLOCK = 256
 """Columns of a tile, unless a group of scales asks for fewer: a step of a kernel's loop."""
-SMALLEST_RUN = 8
-"""Units side by side, at least: two columns of each make the 16 that a dot of float16 takes."""
+SMALLEST_SLICE = {True: 8, False: 32}
+"""Units side by side, at least: for float16 (True) two columns of each make the 16 that a dot takes, for bytes 32."""
+WASTE = 1 / 16
+"""How much longer than with the smallest block a row may get for the sake of a larger one."""
 HALF = FloatFormat(5, 2, 15, "ieee")
 """The high byte of a float16, which is an E5M2."""
 
@@ -98,22 +100,46 @@ class Decoding:
         return table[codes.long()]
 
 
-@cache
-def decoding(format: Format, target: FloatFormat | None = None, *, group: int = 0) -> Decoding:
+def decoding(format: Format, target: FloatFormat | None = None, *, group: int = 0, cols: int = 0) -> Decoding:
     """The decoding of ``format`` to float16 (``target`` None) or a byte float.
 
-    ``group``: columns that share a scale, 0 for a scale a row; slices are then no wider than a group. Raises
-    FormatError for a format with no such decoding, saying why.
+    ``group``: columns that share a scale, 0 for a scale a row; slices are no wider than a group. ``cols``: columns of
+    the weight, where known; blocks are then no longer than fits it. Raises FormatError for a format with no such
+    decoding, saying why.
     """
+    most = _widest(format, target)
+    runs = [run for run in (most >> i for i in range(8)) if run >= SMALLEST_SLICE[target is None]]
+    fitting = [run for run in runs if not group or group % _width(run, target) == 0] or runs[-1:]
+    if cols:
+        per = _made(format, target, runs[0]).block // runs[0]
+        least = min(_padded(cols, per * run) for run in fitting)
+        fitting = [run for run in fitting if _padded(cols, per * run) <= least * (1 + WASTE)]
+    return _made(format, target, fitting[0])
+
+
+def _padded(cols: int, block: int) -> int:
+    return -(-cols // block) * block
+
+
+def _width(run: int, target: FloatFormat | None) -> int:
+    return run * (2 if target is None else 1)
+
+
+@cache
+def _made(format: Format, target: FloatFormat | None, run: int) -> Decoding:
+    """The decoding with ``run`` units side by side."""
     places, log2, recode = _places(format, target)
     left_out = _check(format, target, places, log2, recode)
-    if target is None:
-        byte = all(p >= 8 for p in places)
-        lane = 8 if byte else 16
-        layout = _half_layout(format, tuple(p - 8 if byte else p for p in places), lane, group)
-    else:
-        layout = _byte_layout(format, target, places, group)
-    return Decoding(format, target, layout, log2, recode, left_out)
+    made = _half_layout(format, places, run) if target is None else _byte_layout(format, target, places, run)
+    return Decoding(format, target, made, log2, recode, left_out)
+
+
+def _widest(format: Format, target: FloatFormat | None) -> int:
+    """Units side by side that make a block of ``BLOCK`` columns, in slices of 32 to 128."""
+    smallest = _made(format, target, SMALLEST_SLICE[target is None])
+    fill = BLOCK * smallest.run // smallest.block
+    low, high = (16, 64) if target is None else (32, 128)
+    return min(max(1 << fill.bit_length() - 1, low), high)
 
 
 def decodes(format: Format, target: FloatFormat | None = None) -> str | None:
@@ -180,12 +206,11 @@ def _name(target: FloatFormat | None) -> str:
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
-def _half_layout(format: Format, places: tuple[int, ...], lane: int, group: int) -> Layout:
-    """Units of 32-bit words; slice ``2g + q`` of a byte-lane tiling, or ``g``, has columns ``2r + j``."""
-    tiling = tile(places, lane)
-    words, decode = tiling.decode(32)
-    slices = len(decode) * (2 if lane == 8 else 1)
-    run = _run(BLOCK // (2 * slices), 2, group)
+def _half_layout(format: Format, places: tuple[int, ...], run: int) -> Layout:
+    """Units of 32-bit words; slice ``2g + q`` of a byte-lane tiling, or ``2g + h``, has columns ``2r + j``."""
+    lane = 8 if all(p >= 8 for p in places) else 16
+    places = tuple(p - 8 for p in places) if lane == 8 else places
+    words, decode = tile(places, lane).decode(32)
     if lane == 8:
         cols, slots = f"g{len(decode)} q2 r{run} j2", "g j q"
     else:  # the groups as two axes, so that four codes are packed at a time
@@ -196,22 +221,13 @@ def _half_layout(format: Format, places: tuple[int, ...], lane: int, group: int)
     )  # fmt: skip
 
 
-def _byte_layout(format: Format, target: FloatFormat, places: tuple[int, ...], group: int) -> Layout:
+def _byte_layout(format: Format, target: FloatFormat, places: tuple[int, ...], run: int) -> Layout:
     """Units of bytes, each decoded for itself; slice g has columns ``r``."""
     words, decode = tile(places, 8, wrap=False).decode(8)
-    run = _run(BLOCK // len(decode), 1, group)
     return Layout(
         f"kernel_{format}_{target}_r{run}", format.bits, decode, (Stream(words, "w r"),), cols=f"g{len(decode)} r{run}",
         slots="g", units="r", field=places,
     )  # fmt: skip
-
-
-def _run(most: int, per_unit: int, group: int) -> int:
-    """Units side by side: as many as fill a block, no more than make a slice of a group."""
-    run = max(SMALLEST_RUN * 2 // per_unit, 1 << max(most, 1).bit_length() - 1)
-    while group and run * per_unit > SMALLEST_RUN * 2 and group % (run * per_unit):
-        run //= 2
-    return run
 
 
 KERNEL_FORMATS = tuple(
