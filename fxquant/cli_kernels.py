@@ -109,5 +109,5 @@ def _print(number: int, rows: list[Row]) -> None:
         ))  # fmt: skip
     typer.echo(f"\nsm_{number}")
     print_table((*_COLUMNS, *gpus), cells, right=_COLUMNS[2:5] + _COLUMNS[6:10])
-    if not all(row.figures.loop for row in rows):
+    if not all(row.figures.loop or row.figures.issued is None for row in rows):
         typer.echo("* counts of the whole kernel: its K loop is split between warps, or there is none")

@@ -74,7 +74,7 @@ def test_the_table_names_what_it_counts() -> None:
     result = run("--arch", "sm_80", "--format", "e5m2")
     for word in ("sm_80", "e5m2_decode", "HMMA", "2/2", "A100-80", "quantize"):
         assert word in result.stdout
-    assert "* counts of the whole kernel" in result.stdout
+    assert "whole kernel" not in result.stdout  # nothing is counted of the one without a K loop
     assert "note: not for sm_80: e5m2_swap (wgmma)" in result.stderr
     assert "wrote" not in result.stdout
 
