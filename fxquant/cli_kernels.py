@@ -105,7 +105,7 @@ def _print(number: int, rows: list[Row]) -> None:
         cells.append((
             row.variant.name, row.variant.kind, str(f.registers), str(f.spills), size(f.shared), f.mma or "",
             f"{f.copies128}/{f.copies}", *(("" if x is None else f"{x:.2f}{mark}") for x in (f.logic, f.issued)),
-            f"{f.occupancy:.0%} ({f.blocks})", *(verdicts.get(gpu, "") for gpu in gpus),
+            f"{f.occupancy:.0%} ({f.blocks})" if f.blocks else "does not fit", *(verdicts.get(gpu, "") for gpu in gpus),
         ))  # fmt: skip
     typer.echo(f"\nsm_{number}")
     print_table((*_COLUMNS, *gpus), cells, right=_COLUMNS[2:5] + _COLUMNS[6:10])

@@ -40,7 +40,8 @@ class Catalogue(Protocol):
 class Row:
     """One variant on one architecture: its figures, and the verdict for each GPU that has the architecture.
 
-    There are verdicts for kernels that serve few rows of x, for which reading weights is what there is to do.
+    There are verdicts for kernels that serve few rows of x, for which reading weights is what there is to do, and that
+    fit on an SM.
     """
 
     variant: Variant
@@ -176,7 +177,7 @@ def row(variant: Variant, number: int, folder: Path) -> Row:
     """One row, from the emitted file in ``folder``."""
     figures = statistics(compile_variant(variant, folder / f"{variant.family}.py", number))
     verdicts: tuple[roofline.Verdict, ...] = ()
-    if variant.decodes and figures.integer is not None and figures.issued is not None:
+    if variant.decodes and figures.blocks and figures.integer is not None and figures.issued is not None:
         verdicts = tuple(
             roofline.verdict(gpu, bits=variant.bits, integer=figures.integer, issued=figures.issued)
             for gpu in roofline.gpus(number)

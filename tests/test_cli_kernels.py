@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_kernels import TinyCatalogue
+from tiny_kernels import GEMM, TinyCatalogue
 from tiny_models import mlp
 from typer.testing import CliRunner, Result
 
@@ -77,6 +78,15 @@ def test_the_table_names_what_it_counts() -> None:
     assert "whole kernel" not in result.stdout  # nothing is counted of the one without a K loop
     assert "note: not for sm_80: e5m2_swap (wgmma)" in result.stderr
     assert "wrote" not in result.stdout
+
+
+def test_a_kernel_too_large_for_an_architecture_is_shown_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = replace(GEMM, constants={"BM": 16, "BN": 64, "KB": 256}, weights=64 * 256, stages=6)
+    monkeypatch.setattr(TinyCatalogue, "variants", lambda *_: [large])
+    assert "does not fit" in run("--arch", "sm_120").stdout
+    small, fits = rows("--arch", "sm_120", "--arch", "sm_90")
+    assert (small["blocks_per_sm"], small["occupancy"], small["verdicts"]) == (0, 0.0, {})
+    assert fits["blocks_per_sm"] == 1
 
 
 def test_all_formats_go_to_a_new_folder_and_again(tmp_path: Path) -> None:

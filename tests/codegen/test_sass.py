@@ -69,6 +69,12 @@ def test_spills_are_found_anywhere() -> None:
     assert count(code, "REG:255 STACK:16", replace(MADE, variant=DOUBLE)).issued is None
 
 
+def test_a_constant_is_no_product_of_halves() -> None:
+    text = LISTING.replace("LDGDEPBAR ;", "HFMA2.MMA R4, -RZ, RZ, 0, 1.7881393432617188e-07 ;")
+    assert count(text, USAGE, MADE).half == 0
+    assert count(text.replace("-RZ, RZ", "R5, R6"), USAGE, MADE).half == 2 * 32 * 4 / (32 * 64)
+
+
 def test_stores_of_weights_in_the_loop_are_seen() -> None:
     text = LISTING.replace("LDGDEPBAR ;", "STS.128 [R3], R8 ;")
     assert count(text, USAGE, MADE).sts == 2
