@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench golden clean
 
 demo: $(READY)  ## compile SmolLM2 to FP6, measure it, run it in onnxruntime, write a report (out/demo)
 	$(BIN)/fxquant demo -o out/demo --overwrite
@@ -23,6 +23,9 @@ lint: $(READY)  ## ruff and mypy --strict
 bench: $(READY)  ## the numbers in docs/results.md
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/compile_time.py
+
+golden: $(READY)  ## write the golden figures of the kernels anew
+	$(BIN)/python tests/golden_kernels.py --write
 
 # torch first: a range would take the newest release, which may be a build of several gigabytes.
 $(READY): pyproject.toml

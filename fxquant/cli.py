@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_measure
+from fxquant import cli_kernels, cli_measure
 from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
 from fxquant.errors import FxquantError
 
@@ -228,6 +228,7 @@ def explain(
 app.command("eval")(cli_measure.eval_)
 app.command()(cli_measure.sensitivity)
 app.command()(cli_measure.allocate)
+app.command()(cli_kernels.kernels)
 
 
 @app.command()

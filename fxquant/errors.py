@@ -42,6 +42,14 @@ class ExportError(FxquantError, RuntimeError):
     """A program that a back end cannot express; names the node and the operator."""
 
 
+class ArchError(FxquantError, ValueError):
+    """A GPU architecture that kernels are not made for; lists those that they are."""
+
+
+class KernelError(FxquantError, RuntimeError):
+    """A kernel that cannot be compiled or taken apart here; names the kernel, or what is missing."""
+
+
 class SaveError(FxquantError, OSError):
     """An output that cannot be written, for instance because it exists already."""
 

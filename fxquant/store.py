@@ -24,7 +24,9 @@ from fxquant.encoding import Json, MalformedError
 from fxquant.errors import LoadError, SaveError
 from fxquant.program import Program
 
-GRAPH, WEIGHTS, TOKENIZER = "graph.json", "model.safetensors", "tokenizer"
+GRAPH, WEIGHTS, TOKENIZER, KERNELS = "graph.json", "model.safetensors", "tokenizer", "kernels"
+KERNEL_MARK = "# Written by fxquant kernels"
+"""How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
 _ALIGNMENT = 64  # bytes: what torch gives its own tensors
 _MAX_JSON = 1 << 26  # 64 MiB; a graph of 2000 nodes with its trace takes about 2
 
@@ -80,11 +82,26 @@ def check_place(target: Path, overwrite: bool) -> None:
         raise SaveError(f"{target} exists already; choose another folder, or pass overwrite (--overwrite)")
     if target.is_symlink() or not target.is_dir():
         raise SaveError(f"{target} is not a folder, so it is not overwritten; remove it or choose another place")
-    if others := sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TOKENIZER}):
+    others = sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TOKENIZER, KERNELS})
+    if others := others + [f"{KERNELS}/{name}" for name in not_kernels(target / KERNELS)]:
         raise SaveError(
             f"{target} holds {others[0]!r}, which is not part of a saved model, so it is not overwritten; "
             f"move that away or choose another folder"
         )
+
+
+def not_kernels(folder: Path) -> list[str]:
+    """Names in ``folder`` that are not files of kernels, nor what Python keeps of them."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [""] if os.path.lexists(folder) else []
+    return [path.name for path in sorted(folder.iterdir()) if path.name != "__pycache__" and not _is_kernels(path)]
+
+
+def _is_kernels(path: Path) -> bool:
+    if path.suffix != ".py" or path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(KERNEL_MARK)) == KERNEL_MARK.encode()
 
 
 def _write(folder: Path, content: bytes, tensors: dict[str, Tensor]) -> None:

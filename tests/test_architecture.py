@@ -28,14 +28,14 @@ MAY_IMPORT = {
     "store": {"core"},
     "evaluate": {"core"},
     "pipeline": {"core", "solvers", "passes", "codegen", "show", "config", "store", "evaluate"},
-    "top": {"core", "pipeline", "show", "store", "config", "evaluate"},
+    "top": {"core", "pipeline", "codegen", "show", "store", "config", "evaluate"},
 }
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
-    "allocation": "pipeline",
-    "hf": "top", "cli": "top", "cli_measure": "top", "cli_options": "top", "demo": "top",
+    "allocation": "pipeline", "kernels": "pipeline",
+    "hf": "top", "cli": "top", "cli_measure": "top", "cli_kernels": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 
