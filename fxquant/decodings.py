@@ -135,10 +135,10 @@ def _made(format: Format, target: FloatFormat | None, run: int) -> Decoding:
 
 
 def _widest(format: Format, target: FloatFormat | None) -> int:
-    """Units side by side that make a block of ``BLOCK`` columns, in slices of 32 to 128."""
+    """Units side by side that make a block of ``BLOCK`` columns, in slices of 32 to 64, of bytes to 128."""
     smallest = _made(format, target, SMALLEST_SLICE[target is None])
     fill = BLOCK * smallest.run // smallest.block
-    low, high = (16, 64) if target is None else (32, 128)
+    low, high = (16, 32) if target is None else (32, 128)
     return min(max(1 << fill.bit_length() - 1, low), high)
 
 

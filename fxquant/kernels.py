@@ -148,11 +148,16 @@ def check_folder(folder: Path) -> None:
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 def split(variants: Sequence[Variant], archs: Sequence[int]) -> tuple[list[tuple[Variant, int]], list[Skipped]]:
-    """What to compile, by architecture and then as the catalogue has it; and what is not meant for one."""
+    """What to compile, by architecture and then as the catalogue has it; and what is not meant for one.
+
+    Several variants may have one name, each for other architectures.
+    """
     pairs = [(v, arch(number).number) for number in archs for v in variants]
+    there = {(v.name, number) for v, number in pairs if number in v.archs}
+    skipped = {(v.name, number): v.needs for v, number in pairs if (v.name, number) not in there}
     return (
         [(v, number) for v, number in pairs if number in v.archs],
-        [Skipped(v.name, number, v.needs) for v, number in pairs if number not in v.archs],
+        [Skipped(name, number, needs) for (name, number), needs in skipped.items()],
     )
 
 
