@@ -77,6 +77,15 @@ BYTE_TILES = (
 """Activations of FP8."""
 
 
+SCALED_TILES = (
+    Tile("decode-mx", 16, 128, warps=4, stages=3, archs=(100, 103), swap=True),
+    Tile("decode-mx", 16, 64, warps=4, stages=3, archs=(120, 121)),
+)
+"""MX and NVFP4 on both sides. sm_120 has no instruction for E4M3 times E2M1."""
+SCALED_BLOCK = 256
+NEEDS_SCALED = "tensor cores that take scales came with sm_100; others decode the weights, by weight_only"
+
+
 def variants(names: Sequence[str]) -> list[Variant]:
     """Every kernel of the formats, as it is compiled. Raises FormatError for a format without one."""
     found: list[Variant] = []
@@ -86,6 +95,13 @@ def variants(names: Sequence[str]) -> list[Variant]:
         found += [_gemm(format, None, tile, zero=zero) for tile in HALF_TILES]
         if not zero and decodes(format, E4M3) is None:
             found += [_gemm(format, E4M3, tile) for tile in BYTE_TILES]
+        found += [
+            _scaled(operands, tile)
+            for operands in triton_source.SCALED
+            if operands.w == str(format)
+            for tile in SCALED_TILES
+            if operands.x == operands.w or tile.archs != (120, 121)
+        ]
     return found
 
 
@@ -98,7 +114,10 @@ def sources(names: Sequence[str]) -> list[triton_source.Source]:
     """The modules of the formats."""
     parsed = [parse_format(name) for name in names]
     pairs = [(format, target) for format in parsed for target in (None, E4M3) if decodes(format, target) is None]
-    return [triton_source.gemm(decoding(format, target)) for format, target in pairs]
+    return [
+        *(triton_source.gemm(decoding(format, target)) for format, target in pairs),
+        *(triton_source.scaled(operands) for operands in triton_source.SCALED if operands.w in names),
+    ]
 
 
 def every(decoding: Decoding, group: int) -> int:
@@ -143,6 +162,35 @@ def _gemm(format: Format, target: FloatFormat | None, tile: Tile, *, zero: bool 
         bits=format.bits + (32 / tile.group if tile.group else 0),
         archs=tile.archs,
         needs="" if target is None else NEEDS_FP8,
+    )
+
+
+def _scaled(operands: triton_source.Scaled, tile: Tile) -> Variant:
+    byte = {"e2m1": "*u8", "e4m3": "*fp8e4nv"}
+    exponent = "*u8" if operands.size == 32 else "*fp8e4nv"
+    rest = {k: v for k, v in SIGNATURE.items() if k not in ("x", "w", "zero", "blocks")}
+    signature = {
+        "x": byte[operands.x], "x_exponent": exponent, "w": byte[operands.w], "w_exponent": exponent, **rest,
+        "w_stride": "i32",
+    }  # fmt: skip
+    constants: dict[str, bool | int | float | str | None] = {
+        "BM": tile.BM, "BN": tile.BN, "BK": SCALED_BLOCK, "EVEN": True, "SPLITS": tile.splits, "SWAP": tile.swap,
+        "ROW_SCALE": False, "BIAS": False, "ACTIVATION": "none", "RESIDUAL": False, "RANK": 0,
+    }  # fmt: skip
+    return Variant(
+        name=f"{operands.name}_decode",
+        kind=tile.kind,
+        family=operands.name,
+        function="gemm",
+        signature=signature,
+        constants=constants,
+        aligned=frozenset(signature) - _UNALIGNED,
+        warps=tile.warps,
+        stages=tile.stages,
+        weights=tile.BN * SCALED_BLOCK,
+        bits=operands.bits,
+        archs=tile.archs,
+        needs=NEEDS_SCALED,
     )
 
 

@@ -18,6 +18,7 @@ import jinja2
 from fxquant.bitops import widen
 from fxquant.codegen import bit_printers
 from fxquant.decodings import Decoding
+from fxquant.formats import parse_format
 from fxquant.grids import FloatFormat
 
 
@@ -78,21 +79,64 @@ _BYTE_TYPES = {"e4m3": "float8e4nv", "e5m2": "float8e5"}
 
 
 def _render(decoding: Decoding, body: bit_printers.Steps, **values: Any) -> str:
-    return (
-        _environment()
-        .get_template("gemm.py.j2")
-        .render(
-            version=version("fxquant"),
-            title=f"Weights of {decoding.format} times activations of {values['x']}.",
-            log2=decoding.log2,
-            slices=decoding.slices,
-            words=[word.name for word in decoding.words],
-            picture=picture(decoding),
-            body=bit_printers.triton(body),
-            results=body.results,
-            **values,
-        )
+    return _filled(
+        "gemm.py.j2",
+        title=f"Weights of {decoding.format} times activations of {values['x']}.",
+        log2=decoding.log2,
+        slices=decoding.slices,
+        words=[word.name for word in decoding.words],
+        picture=picture(decoding),
+        body=bit_printers.triton(body),
+        results=body.results,
+        **values,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Operands that tensor cores multiply with their scales: element formats, and ``size`` elements to a scale.
+
+    A scale is E8M0 for 32 elements (OCP MX), E4M3 for 16 (NVFP4, both operands E2M1).
+    """
+
+    x: str
+    w: str
+    size: int = 32
+
+    @property
+    def name(self) -> str:
+        return f"{'mx' if self.size == 32 else 'nv'}_{self.w}_{self.x}"
+
+    @property
+    def bits(self) -> float:
+        """Bits of a weight, its share of the scale included."""
+        return parse_format(self.w).bits + 8 / self.size
+
+
+SCALED = (Scaled("e2m1", "e2m1"), Scaled("e4m3", "e2m1"), Scaled("e4m3", "e4m3"), Scaled("e2m1", "e2m1", size=16))
+
+
+@cache
+def scaled(operands: Scaled) -> Source:
+    """Kernels ``gemm`` and ``reduce`` for MX or NVFP4 operands on tensor cores that take them."""
+    x, w = parse_format(operands.x), parse_format(operands.w)
+    exponent = "2^(scale - 127)" if operands.size == 32 else "scale"
+    text = _filled(
+        "mx.py.j2",
+        title=f"Weights of {w} times activations of {x}, each with a scale for {operands.size} of a row.",
+        exponent=exponent,
+        size=operands.size,
+        scale_type="uint8" if operands.size == 32 else "float8e4nv",
+        x_format=operands.x,
+        w_format=operands.w,
+        x_codes=8 // x.bits,
+        w_codes=8 // w.bits,
+    )
+    return Source(operands.name, text)
+
+
+def _filled(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(version=version("fxquant"), **values)
 
 
 @cache
