@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fxquant.bitops import DTYPES, Expr, widen
-from fxquant.codegen import bit_printers
-from fxquant.codegen.triton_source import weight_only
+from fxquant.codegen.triton_source import gemm
 from fxquant.decodings import KERNEL_FORMATS, Decoding, decodes, decoding
 from fxquant.formats import Format, parse_format
 from fxquant.grids import FloatFormat
@@ -88,20 +87,13 @@ def expected(d: Decoding, codes: torch.Tensor) -> NDArray[np.float64]:
 
 
 def shipped_asm(d: Decoding) -> tuple[str, str]:
-    """The assembly and its constraints, from the text of the module that is emitted.
-
-    For a byte float, whose operands are words of four: as the printer writes it.
-    """
-    if d.target is None:
-        text = weight_only(d).text
-        found = re.search(r'^ASM = tl.constexpr\(r"""\n(.*?)\n"""\)', text, re.DOTALL | re.MULTILINE)
-        constraints = re.search(r'^ +"([=hr,]+)",$', text, re.MULTILINE)
-        assert found
-        assert constraints
-        return found[1], constraints[1]
-    names = {word.name: f"${len(d.outputs) + i}" for i, word in enumerate(d.words)}
-    steps = bit_printers.steps_of(wide_outputs(d), names)
-    return bit_printers.ptx(steps), ",".join(["=r"] * len(d.outputs) + ["r"] * len(names))
+    """The assembly and its constraints, from the text of the module that is emitted."""
+    text = gemm(d).text
+    found = re.search(r'^ASM = tl.constexpr\(r"""\n(.*?)\n"""\)', text, re.DOTALL | re.MULTILINE)
+    constraints = re.search(r'^ +"([=hr,]+)",$', text, re.MULTILINE)
+    assert found
+    assert constraints
+    return found[1], constraints[1]
 
 
 def registers_to_words(d: Decoding, results: Sequence[Any], like: NDArray[np.uint32]) -> list[NDArray[np.uint32]]:

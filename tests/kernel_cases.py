@@ -10,7 +10,7 @@ import importlib.util
 import math
 import tempfile
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxquant.codegen.triton_source import weight_only
+from fxquant.codegen.triton_source import gemm
 from fxquant.decodings import Decoding, decoding
 from fxquant.formats import parse_format
-from fxquant.grids import IntFormat
+from fxquant.grids import FloatFormat, IntFormat
 from fxquant.packing import pack
 
 GUARD = 24
@@ -33,6 +33,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
+X = {"": torch.float16, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+"""What x is -> its dtype."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of ``gemm`` (and ``reduce`` where ``splits`` > 1)."""
@@ -41,7 +45,11 @@ class Case:
     M: int
     N: int
     K: int
+    x: str = ""
+    """The byte float that x is, and w becomes; else x is float16."""
     group: int = 0
+    fit: bool = False
+    """Whether blocks are chosen for K."""
     splits: int = 1
     swap: bool = False
     zero: bool = False
@@ -59,10 +67,14 @@ class Case:
     """Elements between the rows of x, residual and out."""
     seed: int = 0
 
-    @property
+    @cached_property
     def decoding(self) -> Decoding:
-        # slices are multiples of 16 columns, so groups are filled up to one
-        return decoding(parse_format(self.format), group=-(-self.group // 16) * 16)
+        least = 32 if self.x else 16  # columns that a dot takes at least: groups are filled up to them
+        target = parse_format(self.x) if self.x else None
+        assert target is None or isinstance(target, FloatFormat)
+        group = -(-self.group // least) * least
+        cols = (self.groups * group if group else self.K) if self.fit else 0
+        return decoding(parse_format(self.format), target, group=group, cols=cols)
 
     @property
     def padded(self) -> int:
@@ -86,7 +98,7 @@ class Case:
 @cache
 def kernels(d: Decoding) -> ModuleType:
     """The emitted module, written to a file and imported."""
-    source = weight_only(d)
+    source = gemm(d)
     path = Path(tempfile.mkdtemp()) / f"{source.name}.py"
     path.write_text(source.text)
     spec = importlib.util.spec_from_file_location(f"{source.name}_{id(d)}", path)
@@ -180,10 +192,11 @@ def operands(case: Case) -> Operands:
     zero = torch.randint(0, 2**d.format.bits, (case.groups, N), generator=rng).float() if case.zero else None
     of = torch.arange(K) // (case.group or K)
     shifted = values - zero.double()[of].T if zero is not None else values
-    packed = pack(d.codes(_filled(case, codes)), d.layout).view(torch.int32)
+    packed = pack(d.codes(_filled(case, codes)), d.layout)
+    packed = packed if case.x else packed.view(torch.int32)
     unused = torch.zeros(1)
     return Operands(
-        x=guarded(numbers(M, K).half(), case.gap),
+        x=guarded(numbers(M, K).to(X[case.x]), case.gap),
         w=guarded(packed),
         scale=guarded(scale * 2.0**d.log2),
         zero=guarded((zero * 2.0**-d.log2).half() if zero is not None else unused),

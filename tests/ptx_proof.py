@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
 from ptx import SIZES, Domain, PtxError, run
 
 Variable = tuple[int, int]
