@@ -19,6 +19,7 @@ from fxquant import cache as kernel_cache
 from fxquant.codegen import triton_source
 from fxquant.codegen.prepack import KernelWeight
 from fxquant.codegen.tiles import Tiles
+from fxquant.codegen.variants import FP_FUSION
 from fxquant.decodings import Decoding
 
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
@@ -60,11 +61,13 @@ def run_gemm(
             BM=tiles.BM, BN=tiles.BN, RUN=weight.decoding.run, EVERY=weight.every, GROUP=weight.group,
             PADDED=weight.padded, EVEN=weight.even, SPLITS=splits, SWAP=tiles.swap, ZERO=weight.zero is not None,
             **constants, USE_ASM=use_asm, num_warps=tiles.warps, num_stages=tiles.stages,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
         if splits > 1:
             kernels.reduce[(-(-N // _REDUCE), -(-M // tiles.BM))](
-                target, *pointers, out, M, N, residual_stride, N, BM=tiles.BM, BN=_REDUCE, SPLITS=splits, **constants
-            )
+                target, *pointers, out, M, N, residual_stride, N, BM=tiles.BM, BN=_REDUCE, SPLITS=splits, **constants,
+                enable_fp_fusion=FP_FUSION,
+            )  # fmt: skip
     return out
 
 
@@ -98,7 +101,7 @@ def run_dense(weight: KernelWeight, dtype: torch.dtype, *, use_asm: bool = True)
         kernels.dense[(-(-N // _DENSE), weight.blocks)](
             weight.words, weight.scale, weight.scale if weight.zero is None else weight.zero, out, N, K, weight.blocks,
             K, BN=_DENSE, RUN=weight.decoding.run, GROUP=weight.group, PADDED=weight.padded,
-            ZERO=weight.zero is not None, USE_ASM=use_asm,
+            ZERO=weight.zero is not None, USE_ASM=use_asm, enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return out
 
@@ -112,10 +115,13 @@ def run_to_half(x: Tensor) -> tuple[Tensor, Tensor]:
     M, K = x.shape
     out, row_scale = x.new_empty(M, K, dtype=torch.float16), x.new_empty(M, dtype=torch.float32)
     with _on(x):
-        _row_kernels().to_half[(M,)](
-            x, out, row_scale, K, x.stride(0), BK=min(1024, max(16, 1 << (K - 1).bit_length()))
-        )
+        _row_kernels().to_half[(M,)](x, out, row_scale, K, x.stride(0), BK=_chunk(K), enable_fp_fusion=FP_FUSION)
     return out, row_scale
+
+
+def _chunk(K: int) -> int:
+    """Columns that a program of a row takes at a time."""
+    return min(1024, 1 << max(K - 1, 15).bit_length())
 
 
 def _on(x: Tensor) -> AbstractContextManager[object]:

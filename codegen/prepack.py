@@ -4,7 +4,7 @@ The graph holds planar bytes, which every back end can read. A kernel wants the 
 in float32 with the decoding's power of two in them, one row a group, and zero points in the decoded domain::
 
     words  int32   [N, blocks, WORDS, RUN]      scale  float32 [groups, N] = scale * tensor_scale * 2^log2
-    zero   float16 [groups, N] = zero_point * 2^-log2
+           (uint8 for products of FP8)          zero   float16 [groups, N] = zero_point * 2^-log2
 
 Groups that do not fill whole slices are padded; x has zeros there. Prepared once for a weight, and forgotten with it.
 """
@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxquant import packing
 from fxquant.decodings import Decoding, decoding
 from fxquant.errors import FormatError, InputError
+from fxquant.grids import FloatFormat
 from fxquant.qtensor import check_scale, load_scale
 from fxquant.scales import Scales, spread
 from fxquant.scheme import PerChannel, QuantSpec, parse_spec
@@ -90,27 +91,27 @@ class Declined:
     reason: str
 
 
-def prepare(weight: PackedWeight) -> KernelWeight | Declined:
-    """The weight for a kernel to float16, or why there is none. The result is kept as long as ``packed`` lives.
+def prepare(weight: PackedWeight, target: FloatFormat | None = None) -> KernelWeight | Declined:
+    """The weight for a kernel of float16 (``target`` None) or of that FP8, or why there is none.
+
+    The result is kept as long as ``packed`` lives.
 
     Raises InputError for tensors that do not fit the spec and the shape."""
-    key, own = _state(weight), _refs(weight)
-    found: _Prepared | None = _PREPARED.get(weight.packed)
+    key, own = _state(weight), weight.tensors[1:]
+    kept: dict[FloatFormat | None, _Prepared] = _PREPARED.setdefault(weight.packed, {})
+    found = kept.get(target)
     if found is not None and found[0] == key and all(a is b for a, b in zip(_alive(found[1]), own, strict=True)):
         return found[2]
-    made = _prepare(weight)
-    _PREPARED[weight.packed] = (key, tuple(None if t is None else ref(t) for t in own), made)
+    made = _prepare(weight, target)
+    kept[target] = (key, tuple(None if t is None else ref(t) for t in own), made)
     return made
 
 
+_PROMOTE = 128
 _Refs = tuple[ReferenceType[Tensor] | None, ...]
 _Prepared = tuple[tuple[object, ...], _Refs, KernelWeight | Declined]
 _PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """Packed tensor -> (state it was in, its scales, what was made of them): a memory of a pure function."""
-
-
-def _refs(weight: PackedWeight) -> tuple[Tensor | None, ...]:
-    return weight.tensors[1:]
 
 
 def _alive(refs: _Refs) -> list[Tensor | None]:
@@ -126,7 +127,7 @@ def _version(tensor: Tensor) -> tuple[int, int]:
     return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
-def _prepare(weight: PackedWeight) -> KernelWeight | Declined:
+def _prepare(weight: PackedWeight, target: FloatFormat | None) -> KernelWeight | Declined:
     spec = parse_spec(weight.spec)
     if isinstance(spec.granularity, PerChannel) and spec.granularity.axis:
         return Declined(f"{spec} has a scale for every input channel, and sums run over those")
@@ -139,15 +140,23 @@ def _prepare(weight: PackedWeight) -> KernelWeight | Declined:
     wide = spec.block(rows, cols)[1]
     group = 0 if wide >= cols else wide
     try:
-        layout = decoding(spec.format, group=-(-group // 16) * 16)
+        made = _decoding(spec, target, group, cols)
+        if target is not None and spec.has_zero_point:
+            return Declined(f"{spec} has zero points, which an FP8 product cannot take off")
         codes = packing.unpack(weight.packed, packing.planar(spec.format.bits), cols)
-        return _pack(layout, codes, _scales(weight, spec), spec, group)
+        given = Scales(load_scale(weight.scale, spec), weight.zero_point, weight.tensor_scale)
+        return _pack(made, codes, given, spec, group)
     except FormatError as error:
         return Declined(str(error))
 
 
-def _scales(weight: PackedWeight, spec: QuantSpec) -> Scales:
-    return Scales(load_scale(weight.scale, spec), weight.zero_point, weight.tensor_scale)
+def _decoding(spec: QuantSpec, target: FloatFormat | None, group: int, cols: int) -> Decoding:
+    """Slices that divide a group, or the smallest, which a group is then filled up to."""
+    if not group:
+        return decoding(spec.format, target, cols=cols)
+    least = 16 if target is None else 32
+    padded = -(-group // least) * least
+    return decoding(spec.format, target, group=padded, cols=-(-cols // group) * padded)
 
 
 def _pack(d: Decoding, codes: Tensor, given: Scales, spec: QuantSpec, group: int) -> KernelWeight | Declined:
@@ -155,7 +164,8 @@ def _pack(d: Decoding, codes: Tensor, given: Scales, spec: QuantSpec, group: int
     padded = -(-group // d.width) * d.width
     if padded != group:
         codes = _pad_groups(codes, group, padded)
-    words = packing.pack(d.codes(codes), d.layout).view(torch.int32)
+    words = packing.pack(d.codes(codes), d.layout)
+    words = words.view(torch.int32) if d.target is None else words
     blocks = -(-codes.shape[1] // d.block)
     reached = -(-blocks * d.block // padded) if group else 1
     scale = _by_group(given.effective.float() * 2.0**d.log2, spec, (rows, cols), reached)
@@ -166,9 +176,15 @@ def _pack(d: Decoding, codes: Tensor, given: Scales, spec: QuantSpec, group: int
         zero = _by_group(given.zero_point.float() * 2.0**-d.log2, spec, (rows, cols), reached).half()
     return KernelWeight(
         d, words.reshape(rows, blocks, len(d.words), d.run), scale, zero, rows, cols, group, padded,
-        every=math.gcd(d.slices, padded // d.width) if group else d.slices,
+        every=math.gcd(d.slices, padded // d.width) if group else _every(d),
         even=cols % d.block == 0 and padded == group,
     )  # fmt: skip
+
+
+def _every(d: Decoding) -> int:
+    """Slices that are summed at once under one scale: all, or such as make 128 columns, since Hopper's FP8 products
+    add with fewer bits than float32's."""
+    return d.slices if d.target is None else math.gcd(d.slices, max(1, _PROMOTE // d.width))
 
 
 def _pad_groups(codes: Tensor, group: int, padded: int) -> Tensor:

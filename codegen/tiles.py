@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxquant.codegen.variants import ARCHS
+
 DECODE = 16
 """Rows of x up to which a product is bound by reading W."""
 DENSE = 256
 """Rows of x from which on W is decoded once for all of them."""
 OLDEST = 80
 """The first architecture, as 10 * major + minor, whose tensor cores and copies the kernels use."""
-_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
-_KIB = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def tiles(M: int, N: int, K: Steps, *, sms: int, arch: int) -> Tiles:
         BM, BN, warps = 16, 64, 4
     else:
         BM, BN, warps = (32 if M <= 32 else 64 if M <= 64 else 128), 64, 4 if M <= 64 else 8
-        BN = 128 if swap and N >= 128 * sms else BN
+        BN = 128 if swap and 128 * sms <= N else BN
     limit = shared_limit(arch)
     stages = 4
     while stages > 2 and shared_bytes(BM, BN, K, stages=stages, swap=swap) > limit:
@@ -77,4 +77,5 @@ def shared_bytes(BM: int, BN: int, K: Steps, *, stages: int, swap: bool) -> int:
 
 def shared_limit(arch: int) -> int:
     """Bytes of shared memory that a program may take; the least of all for an architecture that is not known."""
-    return _SHARED.get(arch, min(_SHARED.values())) * _KIB
+    known = ARCHS.get(arch)
+    return known.block_shared if known else min(row.block_shared for row in ARCHS.values())
