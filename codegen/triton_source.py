@@ -78,6 +78,12 @@ _BYTE_TYPES = {"e4m3": "float8e4nv", "e5m2": "float8e5"}
 """What Triton calls the byte floats that tensor cores multiply."""
 
 
+@cache
+def rows() -> Source:
+    """Kernels over rows of activations."""
+    return Source("rows", _environment().get_template("rows.py.j2").render(version=version("fxquant")))
+
+
 def _render(decoding: Decoding, body: bit_printers.Steps, **values: Any) -> str:
     return _filled(
         "gemm.py.j2",

@@ -58,6 +58,10 @@ class LoadError(FxquantError, ValueError):
     """A saved model that is truncated, tampered with, or of another version."""
 
 
+class CacheError(FxquantError, OSError):
+    """A cache folder that cannot be made, or that others could write to."""
+
+
 class ModelError(FxquantError, ValueError):
     """A model path that cannot be read: no such file, or a kind that is not supported."""
 

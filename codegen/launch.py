@@ -1,0 +1,134 @@
+"""launch: the packed operators on a GPU, by generated Triton kernels. Importing this registers them.
+
+What runs for ``linear_wq`` on CUDA tensors; everything else, and every other operator, runs its reference body::
+
+    x float16                    kernel on x                                          sums in float32
+    x bfloat16                   kernel on x as float16, a power of two a row         off by <= 2^-39 of a row's largest
+    256 rows and more            W decoded once by a kernel, then torch's product
+    x float32, float64           reference: float16 would lose bits of x
+    a weight without a kernel    reference (``prepack`` says why): codebooks, exponent biases
+    below sm_80, no triton       reference
+
+The last three are said once, as a warning. ``import triton`` happens when the first kernel is launched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxquant import ops
+from fxquant.codegen import tiles
+from fxquant.codegen.gemm import Epilogue, run_dense, run_gemm, run_to_half
+from fxquant.codegen.prepack import Declined, KernelWeight, PackedWeight, prepare
+from fxquant.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU: its name, its multiprocessors, its architecture as 10 * major + minor."""
+
+    name: str
+    sms: int
+    arch: int
+
+
+@cache
+def device(index: int) -> Device:
+    """The properties of CUDA device ``index``, read once."""
+    found = torch.cuda.get_device_properties(index)
+    return Device(found.name, found.multi_processor_count, 10 * found.major + found.minor)
+
+
+def linear_wq(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, spec: str,
+    shape: Sequence[int], tensor_scale: Tensor | None = None, exponent_bias: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``ops.linear_wq`` for CUDA tensors. Raises InputError for an argument that does not fit."""
+    weight = PackedWeight(packed, scale, zero_point, spec, tuple(shape), tensor_scale, exponent_bias)
+    check_arguments(x, weight, bias)
+    kernel = kernel_for(x, weight)
+    if isinstance(kernel, Declined):
+        warn_once(f"{spec} linear on {x.device.type}: {kernel.reason}; W is decoded by torch at every call instead")
+        return ops.linear_wq(x, packed, scale, zero_point, bias, spec, shape, tensor_scale, exponent_bias)
+    return linear(x, kernel, device(x.device.index), Epilogue(bias))
+
+
+def kernel_for(x: Tensor, weight: PackedWeight) -> KernelWeight | Declined:
+    """The weight for a kernel, or why none runs."""
+    if 0 in weight.shape:
+        return Declined("the weight is empty")
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return Declined(f"x is {x.dtype}, and kernels take float16 and bfloat16")
+    if reason := no_kernels(device(x.device.index)):
+        return Declined(reason)
+    return prepare(weight)
+
+
+@cache
+def no_kernels(gpu: Device) -> str | None:
+    """Why no kernel runs on a device; None where they do."""
+    if torch.version.hip is not None:
+        return "kernels are written for CUDA, and this is ROCm"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if gpu.arch < tiles.OLDEST:
+        return f"{gpu.name} is sm_{gpu.arch}, and kernels need sm_{tiles.OLDEST}"
+    return None
+
+
+def linear(x: Tensor, weight: KernelWeight, gpu: Device, epilogue: Epilogue, *, use_asm: bool = True) -> Tensor:
+    """``epilogue(x @ W^T)`` for x ``[..., K]`` of float16 or bfloat16, by kernels; ``[..., N]``."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.numel() and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    M, N = len(rows), weight.rows
+    if M == 0:
+        return x.new_empty(*x.shape[:-1], N)
+    if M >= tiles.DENSE:
+        y = F.linear(rows, run_dense(weight, x.dtype, use_asm=use_asm), epilogue.bias)
+        return y.reshape(*x.shape[:-1], N)
+    half, row_scale = (rows, None) if x.dtype == torch.float16 else run_to_half(rows)
+    steps = tiles.Steps(weight.blocks, weight.decoding.block, weight.decoding.format.bits)
+    chosen = tiles.tiles(M, N, steps, sms=gpu.sms, arch=gpu.arch)
+    y = run_gemm(half, weight, chosen, row_scale=row_scale, epilogue=epilogue, dtype=x.dtype, use_asm=use_asm)
+    return y.reshape(*x.shape[:-1], N)
+
+
+def check_arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    """Raise InputError, naming the argument, for what a kernel would read wrongly or beyond its end.
+
+    The weight's own tensors are looked at once, when they are prepared."""
+    named = {
+        "packed": weight.packed, "scale": weight.scale, "zero_point": weight.zero_point,
+        "tensor_scale": weight.tensor_scale, "exponent_bias": weight.exponent_bias, "bias": bias,
+    }  # fmt: skip
+    for name, value in named.items():
+        if value is not None and value.device != x.device:
+            raise InputError(f"{name} is on {value.device}, x is on {x.device}; move the model or its inputs")
+    if not x.is_floating_point():
+        raise InputError(f"x is {x.dtype}; expected float16, bfloat16, float32 or float64")
+    if len(weight.shape) != 2:
+        raise InputError(f"shape is {list(weight.shape)}; expected [out_features, in_features]")
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise InputError(f"x has shape {list(x.shape)}; expected [..., {K}]")
+    if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype != x.dtype):
+        raise InputError(f"bias is {bias.dtype} {list(bias.shape)}; expected {x.dtype} [{N}]")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Say what runs instead of a kernel, once a process."""
+    warnings.warn(text, stacklevel=3)
+
+
+_library = torch.library.Library(ops.NAMESPACE, "IMPL")
+_library.impl("linear_wq", linear_wq, "CUDA")
