@@ -45,9 +45,10 @@ def test_layouts_of_tilings_pack(where: tuple[tuple[int, ...], int], wrap: bool,
     at, lane = where
     bits = 32 if wrap else lane
     words, decode = tile(at, lane, wrap=wrap).decode(bits)
+    cols = f"g{len(decode)} r4 j{bits // lane}"
     layout = Layout(
-        f"tiling_{at}_{lane}_{wrap}", len(at), decode, (Stream(words, "w r"),), cols=f"g{len(decode)} r4 j{bits // lane}",
-        slots="g j", units="r", lanes=tuple(range(0, bits, lane)), field=at,
+        f"tiling_{at}_{lane}_{wrap}", len(at), decode, (Stream(words, "w r"),), cols=cols, slots="g j",
+        units="r", lanes=tuple(range(0, bits, lane)), field=at,
     )  # fmt: skip
     shape = (3, 2 * layout.tile[1] - 1)
     codes = torch.randint(0, 2 ** len(at), shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
