@@ -141,7 +141,8 @@ def widen(expr: Expr, bits: int = 32) -> Expr:
 
 
 def _masked(x: Expr, mask: int) -> Expr:
-    return x.args[0] & (x.by & mask) if x.kind == "and" else x & mask
+    both = x.by & mask if x.kind == "and" else 0
+    return x.args[0] & both if both else x & mask  # masks with no bit in common stay two: there is no mask 0
 
 
 def nodes(*exprs: Expr) -> list[Expr]:

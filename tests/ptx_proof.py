@@ -8,6 +8,7 @@ equal as functions. So equal lists mean equal results for all inputs, all 2^96 o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ def variable(of: int, at: int) -> Function:
     return Function(((of, at),), 0b10)
 
 
+@cache
 def combine(rule: Callable[..., int], *bits: Function) -> Function:
     """The function ``rule(*bits)``; ``rule`` works on tables of the same rows, bit by bit."""
     variables = tuple(sorted({v for bit in bits for v in bit.variables}))
@@ -95,14 +97,21 @@ def _funnel_right(low: Any, high: Any, by: int) -> Bits:
 
 
 def _lop3(a: Any, b: Any, c: Any, table: int) -> Bits:
+    return _bitwise(_rule(table))(a, b, c)
+
+
+@cache
+def _rule(table: int) -> Callable[..., int]:
+    """Three tables to that of lop3's result."""
+
     def rule(x: int, y: int, z: int) -> int:
-        terms = ((x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z) for i in range(8) if table >> i & 1)
         result = 0
-        for term in terms:
-            result |= term
+        for i in range(8):
+            if table >> i & 1:
+                result |= (x if i & 4 else ~x) & (y if i & 2 else ~y) & (z if i & 1 else ~z)
         return result
 
-    return _bitwise(rule)(a, b, c)
+    return rule
 
 
 def _prmt(a: Any, b: Any, selector: int) -> Bits:

@@ -8,41 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bit_expressions import expressions, graphs, lanewise, random_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxquant.bitops import DTYPES, Bit, Expr, cost, evaluate, permute, rotl, trace, word
+from fxquant.bitops import DTYPES, Bit, Expr, cost, evaluate, nodes, permute, rotl, trace, widen, word
 from fxquant.errors import FormatError
 from fxquant.layouts import LAYOUTS, Block, Layout, Stream, reference_unpack
 from fxquant.packing import pack
 
 PLAIN = {row.name: row for row in (r.codes if isinstance(r, Block) else r for r in LAYOUTS.values())}
 A, B = word("a", 32), word("b", 32)
-
-
-@st.composite
-def expressions(draw: st.DrawFn) -> Expr:
-    """A few operations on one or two words, merged where they do not overlap."""
-    bits = draw(st.sampled_from([8, 16, 32]))
-    parts = []
-    for name in draw(st.lists(st.sampled_from("ab"), min_size=1, max_size=2)):
-        x = word(name, bits)
-        for kind in draw(st.lists(st.sampled_from(["shl", "shr", "rotl", "and", "permute"]), max_size=4)):
-            distance = draw(st.integers(1, bits - 1))
-            if kind == "shl":
-                x = x << distance
-            elif kind == "shr":
-                x = x >> distance
-            elif kind == "rotl":
-                x = rotl(x, distance)
-            elif kind == "and":
-                x = x & draw(st.integers(1, 2**bits - 1))
-            else:
-                digits = draw(st.lists(st.sampled_from([*range(bits // 8), 4]), min_size=bits // 8, max_size=bits // 8))
-                x = permute(x, sum(d << 4 * k for k, d in enumerate(digits)))
-        parts.append(x)
-    half = 2 ** (bits // 2) - 1
-    return parts[0] & half | parts[1] & (half << bits // 2) if len(parts) == 2 else parts[0]
 
 
 @settings(max_examples=200, deadline=None)
@@ -101,6 +77,40 @@ def test_split42_decodes_four_codes_with_two_masks_and_a_merge() -> None:
     """16 codes: 8 masks, 4 merges (a mask and a merge are one lop3), 2 shifts and 3 rotations."""
     layout = PLAIN["split42"]
     assert cost(*layout.decode) == {"and": 8, "or": 4, "shr": 2, "rotl": 3}
+
+
+@settings(max_examples=200, deadline=None)
+@given(expr=lanewise(), seed=st.integers(0, 99))
+def test_widened_expressions_work_on_each_lane(expr: Expr, seed: int) -> None:
+    """On words of 32 bits, each lane of the value is the value of the lanes."""
+    words = random_words(expr.bits, seed, count=32)
+    wide = {name: x.view(np.uint32) for name, x in words.items()}
+    assert np.array_equal(evaluate(widen(expr), wide).view(DTYPES[expr.bits]), evaluate(expr, words))
+
+
+def test_widening_joins_masks() -> None:
+    x = word("x", 8)
+    assert str(widen(x >> 2 & 0x15)) == "((x >> 2) & 0x15151515)"
+    assert widen(x & 0x0F) == word("x", 32) & 0x0F0F0F0F
+
+
+def test_widening_takes_no_rotation() -> None:
+    x = word("x", 8)
+    for expr in (rotl(x, 1), permute(x, 0) & 1):
+        with pytest.raises(FormatError, match="has no form on lanes"):
+            widen(expr)
+    with pytest.raises(FormatError, match="has no form on lanes"):
+        widen(word("x", 32), 16)
+
+
+@settings(max_examples=100, deadline=None)
+@given(outputs=graphs())
+def test_nodes_come_once_and_after_what_they_need(outputs: tuple[Expr, ...]) -> None:
+    found = nodes(*outputs)
+    assert len(set(found)) == len(found)
+    assert set(outputs) <= set(found)
+    for i, node in enumerate(found):
+        assert all(arg in found[:i] for arg in node.args)
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fxquant.bitops import word
+from fxquant.decodings import decoding
 from fxquant.errors import FormatError
-from fxquant.layouts import LAYOUTS, Block, Layout, reference_unpack
+from fxquant.formats import parse_format
+from fxquant.grids import FloatFormat
+from fxquant.layouts import LAYOUTS, Block, Layout, Stream, reference_unpack
 from fxquant.packing import pack, packed_shape, planar, unpack
 
 PLAIN = [name for name, row in LAYOUTS.items() if isinstance(row, Layout)]
@@ -265,6 +269,33 @@ def test_more_codes_than_one_step() -> None:
     codes = random_codes(6, (300, 16384))
     for name in ("planar6", "split42"):
         assert torch.equal(unpack(pack(codes, name), name, (300, 16384)), codes)
+
+
+def check_layout(layout: Layout, rows: int = 3) -> None:
+    """All codes in all slots go through pack, the reference and unpack."""
+    shape = (rows, 2**layout.bits * layout.tile[1])
+    codes = ((torch.arange(shape[1]) // layout.tile[1] + torch.arange(shape[1])) % 2**layout.bits).to(torch.uint8)
+    codes = (codes + torch.arange(rows, dtype=torch.uint8)[:, None]) % 2**layout.bits
+    packed = pack(codes, layout)
+    assert np.array_equal(reference_unpack(packed.numpy(), layout, shape), codes.numpy())
+    assert torch.equal(unpack(packed, layout, shape), codes)
+
+
+def test_folds_keep_bits_that_would_fall_out() -> None:
+    """E2M1 for E4M3: four runs at equal distances, of which a fold would shift the lowest out of the word."""
+    target = parse_format("e4m3")
+    assert isinstance(target, FloatFormat)
+    check_layout(decoding(parse_format("e2m1"), target).layout)
+
+
+def test_units_whose_last_axes_are_not_four_codes() -> None:
+    """16 slots ``g8 j2``: a source is the two codes of ``j``, for eight and two do not make four."""
+    words = (word("q0", 32), word("q1", 32))
+    decode = tuple((w >> 4 * i) & 0x000F000F for w in words for i in range(4))
+    layout = Layout(
+        "g8j2", 4, decode, (Stream(words, "w r"),), cols="g8 r4 j2", slots="g j", units="r", lanes=(0, 16)
+    )  # fmt: skip
+    check_layout(layout)
 
 
 def test_bad_input() -> None:

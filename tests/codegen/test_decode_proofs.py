@@ -8,14 +8,9 @@ expressions as Boolean functions of the stored bits, that is for all words there
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from decode_cases import (
@@ -31,7 +26,7 @@ from decode_cases import (
     wide_outputs,
     words_of,
 )
-from onnx import TensorProto, helper
+from printed import compile_cpp, run_onnx
 from ptx import run
 from ptx_proof import ZERO, functions, variable
 
@@ -116,18 +111,8 @@ extern "C" void {name}(const {kind}* const* words, {kind}* const* outputs, long 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Functions ``decode0``, ``decode1`` ... for all decodings, compiled."""
-    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler (c++, g++, clang++) on this machine: the C++ printer is not checked")
-    folder: Path = tmp_path_factory.mktemp("cpp")
-    source = "#include <cstdint>\n" + "".join(cpp_function(d, f"decode{i}") for i, d in enumerate(DECODINGS))
-    (folder / "decode.cpp").write_text(source)
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    made = subprocess.run(
-        [compiler, *flags, str(folder / "decode.cpp"), "-o", str(folder / "decode.so")], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stderr
-    return ctypes.CDLL(str(folder / "decode.so"))
+    text = "".join(cpp_function(d, f"decode{i}") for i, d in enumerate(DECODINGS))
+    return compile_cpp(text, tmp_path_factory.mktemp("cpp"))
 
 
 @every_decoding
@@ -141,31 +126,7 @@ def test_cpp(d: Decoding, library: ctypes.CDLL) -> None:
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------------------
-def onnx_model(d: Decoding) -> onnx.ModelProto:
-    steps = bit_printers.steps_of(d.outputs)
-    kind = {8: TensorProto.UINT8, 32: TensorProto.UINT32}[d.words[0].bits]
-    constants: dict[str, onnx.TensorProto] = {}
-    nodes = []
-    for node in bit_printers.onnx(steps):
-        inputs = [f"c{x}" if isinstance(x, int) else x for x in node.inputs]
-        constants |= {f"c{x}": helper.make_tensor(f"c{x}", kind, [], [x]) for x in node.inputs if isinstance(x, int)}
-        extra = {"direction": node.direction} if node.direction else {}
-        nodes.append(helper.make_node(node.op, inputs, [node.output], **extra))
-    # a word that comes out as it is would be an output that no node makes
-    nodes += [helper.make_node("Identity", [name], [f"out{i}"]) for i, name in enumerate(steps.results)]
-    graph = helper.make_graph(
-        nodes, "decode",
-        [helper.make_tensor_value_info(word.name, kind, [None, None]) for word in d.words],
-        [helper.make_tensor_value_info(f"out{i}", kind, [None, None]) for i in range(len(d.outputs))],
-        list(constants.values()),
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    onnx.checker.check_model(model)
-    return model
-
-
 @every_decoding
 def test_onnx(d: Decoding) -> None:
     codes = all_codes(d)
-    session = onnxruntime.InferenceSession(onnx_model(d).SerializeToString(), providers=["CPUExecutionProvider"])
-    check(d, codes, session.run(None, words_of(d, codes)))
+    check(d, codes, run_onnx(d.outputs, words_of(d, codes)))
