@@ -22,16 +22,15 @@ from fxquant.codegen.tiles import Tiles
 from fxquant.codegen.variants import FP_FUSION
 from fxquant.decodings import Decoding
 
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 _RANK = 16
 """What the inner dimension of the compensation is a multiple of: a dot's least."""
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """``y = activation((y + thin @ wide^T) * row_scale + bias) + residual``; what is None is left out.
+    """``y = activation(y * row_scale + thin @ wide^T + bias) + residual``; what is None is left out.
 
-    row_scale  float32 [M]    bias [N]    residual [M, N]    thin float16 [M, R]    wide float16 [N, R]
+    row_scale  float32 [M]    bias [N]    residual [M, N]    thin [M, R] and wide [N, R] of one dtype of 16 bits
     """
 
     bias: Tensor | None = None
@@ -45,7 +44,7 @@ def run_gemm(
     x: Tensor, weight: KernelWeight, tiles: Tiles, *, row_scale: Tensor | None = None, epilogue: Epilogue | None = None,
     dtype: torch.dtype | None = None, use_asm: bool = True,
 ) -> Tensor:  # fmt: skip
-    """``epilogue(x @ W^T * row_scale)``, ``[M, N]`` in ``dtype`` (x's own where None), of float16 x ``[M, K]``."""
+    """``epilogue(x @ W^T)``, ``[M, N]`` in ``dtype`` (x's own where None), of float16 x ``[M, K]``."""
     kernels = _weight_kernels(weight.decoding)
     more = epilogue or Epilogue()
     (M, K), N, splits = x.shape, weight.rows, tiles.splits

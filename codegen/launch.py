@@ -19,16 +19,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxquant import ops
-from fxquant.codegen import tiles
+from fxquant.codegen import tiles, tuning
 from fxquant.codegen.gemm import Epilogue, run_dense, run_gemm, run_to_half
-from fxquant.codegen.prepack import Declined, KernelWeight, PackedWeight, prepare
+from fxquant.codegen.prepack import Declined, KernelWeight, Operands, prepare
 from fxquant.errors import InputError
+from fxquant.program import Progress, quiet
+from fxquant.rewrite import fetch
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ def linear_wq(
     shape: Sequence[int], tensor_scale: Tensor | None = None, exponent_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``ops.linear_wq`` for CUDA tensors. Raises InputError for an argument that does not fit."""
-    weight = PackedWeight(packed, scale, zero_point, spec, tuple(shape), tensor_scale, exponent_bias)
+    weight = Operands(packed, scale, zero_point, spec, tuple(shape), tensor_scale, exponent_bias)
     check_arguments(x, weight, bias)
     kernel = kernel_for(x, weight)
     if isinstance(kernel, Declined):
@@ -61,7 +64,7 @@ def linear_wq(
     return linear(x, kernel, device(x.device.index), Epilogue(bias))
 
 
-def kernel_for(x: Tensor, weight: PackedWeight) -> KernelWeight | Declined:
+def kernel_for(x: Tensor, weight: Operands) -> KernelWeight | Declined:
     """The weight for a kernel, or why none runs."""
     if 0 in weight.shape:
         return Declined("the weight is empty")
@@ -96,13 +99,13 @@ def linear(x: Tensor, weight: KernelWeight, gpu: Device, epilogue: Epilogue, *, 
         y = F.linear(rows, run_dense(weight, x.dtype, use_asm=use_asm), epilogue.bias)
         return y.reshape(*x.shape[:-1], N)
     half, row_scale = (rows, None) if x.dtype == torch.float16 else run_to_half(rows)
-    steps = tiles.Steps(weight.blocks, weight.decoding.block, weight.decoding.format.bits)
-    chosen = tiles.tiles(M, N, steps, sms=gpu.sms, arch=gpu.arch)
+    timed = tuning.stored(gpu.name).get(tuning.key(M, weight))
+    chosen = timed or tiles.tiles(M, N, tuning.steps(weight), sms=gpu.sms, arch=gpu.arch)
     y = run_gemm(half, weight, chosen, row_scale=row_scale, epilogue=epilogue, dtype=x.dtype, use_asm=use_asm)
     return y.reshape(*x.shape[:-1], N)
 
 
-def check_arguments(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+def check_arguments(x: Tensor, weight: Operands, bias: Tensor | None) -> None:
     """Raise InputError, naming the argument, for what a kernel would read wrongly or beyond its end.
 
     The weight's own tensors are looked at once, when they are prepared."""
@@ -130,5 +133,45 @@ def warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=3)
 
 
+def autotune(gm: fx.GraphModule, rows: Sequence[int] = (1,), *, progress: Progress = quiet) -> dict[str, tiles.Tiles]:
+    """Time tiles for the packed linears of a graph on the GPU they are on, for so many rows of x; keep the fastest.
+
+    They are kept in the private cache and used from then on, in this process and others. Returns them by what they are
+    for. Raises InputError where a weight is not on a GPU, or kernels do not run there.
+    """
+    found: dict[str, tiles.Tiles] = {}
+    targets = (_linear, ops.operators.linear_wq_fused.default)
+    weights = [_operands(gm, node) for node in gm.graph.nodes if node.target in targets]
+    for done, weight in enumerate(weights):
+        progress("autotune", done, len(weights))
+        if not weight.packed.is_cuda:
+            raise InputError(f"a weight is on {weight.packed.device}; tiles are timed on a GPU: move the model there")
+        gpu = device(weight.packed.device.index)
+        if reason := no_kernels(gpu):
+            raise InputError(f"no tiles to time: {reason}")
+        kernel = prepare(weight)
+        if isinstance(kernel, Declined):
+            continue
+        for M in rows:
+            if not 1 <= M < tiles.DENSE:
+                raise InputError(f"rows is {M}; expected 1 to {tiles.DENSE - 1}, above which W is decoded once")
+            if (name := tuning.key(M, kernel)) not in found:
+                with torch.cuda.device(weight.packed.device):
+                    found[name] = tuning.tune(
+                        M, kernel, gpu=gpu.name, sms=gpu.sms, arch=gpu.arch, time=tuning.cuda_time
+                    )
+    return found
+
+
+def _operands(gm: fx.GraphModule, node: fx.Node) -> Operands:
+    """The weight of a packed linear's node."""
+    named = {a.name: v for a, v in zip(_linear._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
+    value: dict[str, Any] = {k: named.get(k) for k in _OPERANDS}
+    value |= {k: fetch(gm, str(v.target)) for k, v in value.items() if isinstance(v, fx.Node)}
+    return Operands(**{**value, "shape": tuple(value["shape"])})
+
+
+_OPERANDS = ("packed", "scale", "zero_point", "spec", "shape", "tensor_scale", "exponent_bias")
+_linear: Any = ops.operators.linear_wq.default
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")
 _library.impl("linear_wq", linear_wq, "CUDA")

@@ -30,7 +30,7 @@ from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class Operands:
     """The operands of a packed operator that say what its weight is (``ops.linear_wq``)."""
 
     packed: Tensor
@@ -91,7 +91,7 @@ class Declined:
     reason: str
 
 
-def prepare(weight: PackedWeight, target: FloatFormat | None = None) -> KernelWeight | Declined:
+def prepare(weight: Operands, target: FloatFormat | None = None) -> KernelWeight | Declined:
     """The weight for a kernel of float16 (``target`` None) or of that FP8, or why there is none.
 
     The result is kept as long as ``packed`` lives.
@@ -118,7 +118,7 @@ def _alive(refs: _Refs) -> list[Tensor | None]:
     return [None if r is None else r() for r in refs]
 
 
-def _state(weight: PackedWeight) -> tuple[object, ...]:
+def _state(weight: Operands) -> tuple[object, ...]:
     """What changes when a tensor is written to in place, or is given other memory."""
     return (weight.spec, weight.shape, *(None if t is None else _version(t) for t in weight.tensors))
 
@@ -127,7 +127,7 @@ def _version(tensor: Tensor) -> tuple[int, int]:
     return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
-def _prepare(weight: PackedWeight, target: FloatFormat | None) -> KernelWeight | Declined:
+def _prepare(weight: Operands, target: FloatFormat | None) -> KernelWeight | Declined:
     spec = parse_spec(weight.spec)
     if isinstance(spec.granularity, PerChannel) and spec.granularity.axis:
         return Declined(f"{spec} has a scale for every input channel, and sums run over those")

@@ -1,16 +1,17 @@
 """tiles: the block sizes of a kernel, as a pure function of shape and device.
 
 Decode (M <= 16) is bound by memory: small tiles, K split over so many programs that every multiprocessor has one or
-two. Prefill is bound by the tensor core: larger tiles; Hopper's wgmma takes 64 rows of its left operand, so there W
-stands left (``swap``). From ``DENSE`` rows on W is decoded once, and a product of dense matrices follows.
+two. Prefill is bound by the tensor core and by decoding: W stands left in the dot (``swap``), with so many of its rows
+that warps lie side by side along them and none decodes what another has decoded; Hopper's wgmma wants it left anyway.
+From ``DENSE`` rows on W is decoded once, and a product of dense matrices follows.
 
 Shared memory of a pipeline, as compiled code has it: ``stages - 1`` copies of a block of W and of x, one more of x
-where wgmma reads it from there.
+where a warp group's instruction reads it from there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxquant.codegen.variants import ARCHS
 
@@ -20,6 +21,8 @@ DENSE = 256
 """Rows of x from which on W is decoded once for all of them."""
 OLDEST = 80
 """The first architecture, as 10 * major + minor, whose tensor cores and copies the kernels use."""
+_STAGES = 4
+_BARRIERS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +48,53 @@ class Steps:
 
 def tiles(M: int, N: int, K: Steps, *, sms: int, arch: int) -> Tiles:
     """The tiles of ``[M, K] @ [K, N]`` on a device of ``sms`` multiprocessors and architecture ``arch`` (90: sm_90)."""
-    swap = M > DECODE and arch // 10 == 9
     if M <= DECODE:
-        BM, BN, warps = 16, 64, 4
+        BM, BN, warps, swap = 16, 64, 4, False
     else:
-        BM, BN, warps = (32 if M <= 32 else 64 if M <= 64 else 128), 64, 4 if M <= 64 else 8
-        BN = 128 if swap and 128 * sms <= N else BN
-    limit = shared_limit(arch)
-    stages = 4
-    while stages > 2 and shared_bytes(BM, BN, K, stages=stages, swap=swap) > limit:
+        BM, BN, warps, swap = (32, 128, 4, True) if M <= 32 else (64, 128, 4, True) if M <= 64 else (128, 128, 8, True)
+    limit, stages = shared_limit(arch), _STAGES
+    while stages > 2 and shared_bytes(BM, BN, K, stages=stages, arch=arch, swap=swap) > limit:
         stages -= 1
-    while BM > 16 and shared_bytes(BM, BN, K, stages=stages, swap=swap) > limit:
+    while BM > 16 and shared_bytes(BM, BN, K, stages=stages, arch=arch, swap=swap) > limit:
         BM //= 2
-    while BN > 32 and not swap and shared_bytes(BM, BN, K, stages=stages, swap=swap) > limit:
-        BN //= 2
     programs = -(-M // BM) * -(-N // BN)
     return Tiles(BM, BN, _splits(programs, K.blocks, sms), swap, warps, stages)
 
 
 def _splits(programs: int, blocks: int, sms: int) -> int:
     """The least number of parts of K that gives every multiprocessor a program; every part has a step to do."""
-    splits = min(blocks, -(-sms // max(programs, 1)))
-    return -(-blocks // -(-blocks // max(splits, 1))) if blocks else 1
+    return _whole(blocks, -(-sms // max(programs, 1)))
 
 
-def shared_bytes(BM: int, BN: int, K: Steps, *, stages: int, swap: bool) -> int:
+def _whole(blocks: int, splits: int) -> int:
+    """No more parts than ``splits``, and none without a step."""
+    return -(-blocks // -(-blocks // min(blocks, splits))) if blocks else 1
+
+
+def shared_bytes(BM: int, BN: int, K: Steps, *, stages: int, arch: int, swap: bool) -> int:
     """Bytes of shared memory that a pipeline of ``stages`` takes."""
     x, w = BM * K.block * 2, BN * K.block * K.bits // 8
-    return (stages - 1) * (x + w) + (x if swap else 0)
+    return (stages - 1) * (x + w) + (x if swap and 90 <= arch < 120 else 0)
 
 
 def shared_limit(arch: int) -> int:
-    """Bytes of shared memory that a program may take; the least of all for an architecture that is not known."""
+    """Bytes of shared memory for a pipeline, barriers aside; the least of all for an architecture that is not known."""
     known = ARCHS.get(arch)
-    return known.block_shared if known else min(row.block_shared for row in ARCHS.values())
+    return (known.block_shared if known else min(row.block_shared for row in ARCHS.values())) - _BARRIERS
+
+
+def candidates(M: int, N: int, K: Steps, *, sms: int, arch: int) -> list[Tiles]:
+    """What is worth timing beside ``tiles``, which comes first: other splits, warps, stages and widths that fit."""
+    first = tiles(M, N, K, sms=sms, arch=arch)
+    found = [first]
+    for BN in (32, 64, 128):
+        for warps in (4, 8):
+            for stages in (2, 3, 4, 5):
+                programs = -(-M // first.BM) * -(-N // BN)
+                base = _splits(programs, K.blocks, sms)
+                for splits in {_whole(K.blocks, base * more) for more in (1, 2, 4)}:
+                    tried = replace(first, BN=BN, splits=splits, warps=warps, stages=stages)
+                    used = shared_bytes(first.BM, BN, K, stages=stages, arch=arch, swap=first.swap)
+                    if used <= shared_limit(arch) and not (first.swap and BN < 64) and tried not in found:
+                        found.append(tried)
+    return found

@@ -9,6 +9,8 @@ tested against this one. Ops on packed codes never see a float weight::
     fake_quantize_dynamic(x, spec)                      the same, scales found row by row
     dequantize_packed(packed, scale, zp, spec, shape)   real values of planar bytes              for any consumer
     linear_wq(x, packed, scale, zp, bias, spec, shape)  x @ W^T + bias,  W = dequantize_packed(...)
+    linear_wq_fused(...)                                the same with what is around it, for a kernel that does both:
+        activation(linear_wq(fake_quantize(x)) + thin @ wide^T) + residual
     conv2d_wq(x, packed, ..., stride, padding, dilation, groups)
     embedding_wq(indices, packed, scale, zp, spec, shape)   rows of W, only those that are asked for
     with_outliers(weight, index, values)                weight with some of its entries replaced, stored sparse
@@ -19,7 +21,8 @@ tested against this one. Ops on packed codes never see a float weight::
 multiplied by 2^-bias; an activation's channel by 2^bias before it is rounded, and by 2^-bias after unless ``shifted``.
 ``index`` (int32 [n], increasing) are positions in the flattened weight, ``values`` ([n] or [1, n]) what stands there.
 W is decoded in float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one.
-Gradients flow to x and bias (codes have none); ``quantize`` then ``dequantize`` has no gradient, the fake forms have.
+Gradients flow to x and bias (codes have none); ``quantize`` then ``dequantize`` has no gradient, the fake forms have,
+``linear_wq_fused``, which only inference makes, has none.
 """
 
 from __future__ import annotations
@@ -56,6 +59,9 @@ SCHEMAS = (
     f"fake_quantize_dynamic(Tensor x, str spec, {_SHIFT}) -> Tensor",
     f"dequantize_packed({_WEIGHT}, str spec, int[] shape, {_OUTER}, {_BIAS}, {_DTYPE}) -> Tensor",
     f"linear_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, {_OUTER}, {_BIAS}) -> Tensor",
+    f"linear_wq_fused(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, {_OUTER}, {_BIAS}, *, "
+    'str input_spec="", Tensor? input_scale=None, Tensor? input_bias=None, bool shifted=False, Tensor? thin=None, '
+    'Tensor? wide=None, str activation="none", Tensor? residual=None) -> Tensor',
     f"conv2d_wq(Tensor x, {_WEIGHT}, Tensor? bias, str spec, int[] shape, int[] stride, int[] padding, int[] dilation, "
     f"int groups, {_OUTER}) -> Tensor",
     f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
@@ -124,6 +130,35 @@ def linear_wq(
     return F.linear(x, weight, bias)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
+"""What may follow a linear in ``linear_wq_fused``."""
+
+
+def linear_wq_fused(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str, shape: Shape,
+    tensor_scale: Outer = None, exponent_bias: Bias = None, *, input_spec: str = "", input_scale: Tensor | None = None,
+    input_bias: Bias = None, shifted: bool = False, thin: Tensor | None = None, wide: Tensor | None = None,
+    activation: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    if input_spec and input_scale is not None:
+        x = fake_quantize(x, input_scale, None, input_spec, None, input_bias, shifted)
+    elif input_spec:
+        x = fake_quantize_dynamic(x, input_spec, input_bias, shifted)
+    y = linear_wq(x, packed, scale, zero_point, bias, spec, shape, tensor_scale, exponent_bias)
+    if thin is not None and wide is not None:
+        y = y + F.linear(thin, wide)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    y = ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
 def conv2d_wq(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str, shape: Shape,
     stride: Shape, padding: Shape, dilation: Shape, groups: int, tensor_scale: Outer = None,
@@ -176,6 +211,7 @@ _BODIES: dict[str, Callable[..., Tensor]] = {
     "fake_quantize_dynamic": fake_quantize_dynamic,
     "dequantize_packed": dequantize_packed,
     "linear_wq": linear_wq,
+    "linear_wq_fused": linear_wq_fused,
     "conv2d_wq": conv2d_wq,
     "embedding_wq": embedding_wq,
     "with_outliers": with_outliers,
@@ -199,7 +235,8 @@ def _fake_shape(codes: Tensor, scale: Tensor, zero_point: Zero, spec: str, shape
 
 
 def _fake_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Zero, bias: Tensor | None, spec: str,
-                 shape: Shape, tensor_scale: Outer = None, exponent_bias: Bias = None) -> Tensor:  # fmt: skip
+                 shape: Shape, tensor_scale: Outer = None, exponent_bias: Bias = None, **around: Any,
+                 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], shape[0])
 
 
@@ -221,6 +258,7 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "fake_quantize_dynamic": _fake_like_x,
     "dequantize_packed": _fake_shape,
     "linear_wq": _fake_linear,
+    "linear_wq_fused": _fake_linear,
     "conv2d_wq": _fake_conv2d,
     "embedding_wq": _fake_embedding,
     "with_outliers": _fake_like_x,

@@ -79,7 +79,7 @@ _ATEN = """
 ATEN = frozenset(_ATEN.split())
 """Names of aten operators; every overload of one that does not write to its arguments may be called."""
 
-FXQUANT = frozenset(schema.partition("(")[0] for schema in ops.SCHEMAS)
+FXQUANT = frozenset(schema.partition("(")[0] for schema in ops.SCHEMAS) - {"linear_wq_fused"}  # for running only
 
 _OPERATOR = {"neg": 1, "pos": 1, "abs": 1, "not_": 1, "index": 1} | dict.fromkeys(
     ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "and_",

@@ -89,6 +89,7 @@ _WEIGHT_AT: dict[Any, int] = {
     ops.dequantize.default: 0,
     ops.dequantize_packed.default: 0,
     ops.linear_wq.default: 1,
+    ops.linear_wq_fused.default: 1,
     ops.conv2d_wq.default: 1,
     ops.embedding_wq.default: 1,
 }  # operator -> position of its codes, followed by scale and zero point

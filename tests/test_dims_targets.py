@@ -22,8 +22,13 @@ def test_operators_have_one_name_each_and_none_writes() -> None:
                 assert decode_target(encode_target(target)) is target
     assert not {n for n in ATEN if n.endswith("_") and not n.endswith("__")}
     assert not ATEN & {"from_file", "save", "_pin_memory", "set_", "copy_", "_print"}
-    for schema in ops.SCHEMAS:
-        assert decode_target(f"fxquant.{schema.partition('(')[0]}.default")
+    names = [f"fxquant.{schema.partition('(')[0]}.default" for schema in ops.SCHEMAS]
+    for name in names:
+        if name == "fxquant.linear_wq_fused.default":  # made for running, never saved
+            with pytest.raises(ValueError, match="not one that a saved graph may call"):
+                decode_target(name)
+        else:
+            assert decode_target(name)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import torch
 
 import fxquant
 from fxquant.codegen import launch
-from fxquant.codegen.prepack import Declined, KernelWeight, PackedWeight, prepare
+from fxquant.codegen.prepack import Declined, KernelWeight, Operands, prepare
 from fxquant.errors import InputError
 
 
-def operands(spec: str = "e3m2/channel", shape: tuple[int, int] = (24, 300)) -> PackedWeight:
+def operands(spec: str = "e3m2/channel", shape: tuple[int, int] = (24, 300)) -> Operands:
     q = fxquant.quantize_tensor(torch.randn(*shape), spec)
-    return PackedWeight(q.packed, q.stored_scale, q.zero_point, spec, q.shape, q.tensor_scale)
+    return Operands(q.packed, q.stored_scale, q.zero_point, spec, q.shape, q.tensor_scale)
 
 
 def test_the_pipeline_registers_a_kernel_for_cuda() -> None:
@@ -28,7 +28,7 @@ def test_the_pipeline_registers_a_kernel_for_cuda() -> None:
 def test_a_weight_is_prepared_once_and_again_when_it_changes() -> None:
     weight = operands()
     first = prepare(weight)
-    assert prepare(PackedWeight(*weight.tensors[:3], weight.spec, weight.shape)) is first
+    assert prepare(Operands(*weight.tensors[:3], weight.spec, weight.shape)) is first
     weight.scale.mul_(2)
     second = prepare(weight)
     assert isinstance(first, KernelWeight)
@@ -38,7 +38,7 @@ def test_a_weight_is_prepared_once_and_again_when_it_changes() -> None:
     third = prepare(weight)
     assert isinstance(third, KernelWeight)
     assert not bool(third.words.any())
-    other = PackedWeight(weight.packed, weight.scale.clone() * 4, None, weight.spec, weight.shape)
+    other = Operands(weight.packed, weight.scale.clone() * 4, None, weight.spec, weight.shape)
     fourth = prepare(other)
     assert isinstance(fourth, KernelWeight)
     assert torch.equal(fourth.scale, second.scale * 4)
@@ -73,7 +73,7 @@ def test_a_weight_made_in_inference_mode() -> None:
 def test_a_weight_that_does_not_fit_is_an_error(change: dict[str, torch.Tensor], message: str) -> None:
     weight = operands()
     with pytest.raises(InputError, match=message):
-        prepare(PackedWeight(**{**vars(weight), **change}))
+        prepare(Operands(**{**vars(weight), **change}))
 
 
 @pytest.mark.parametrize(

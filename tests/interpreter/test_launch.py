@@ -10,7 +10,7 @@ import torch
 import fxquant
 from fxquant.codegen import launch
 from fxquant.codegen.gemm import Epilogue, run_dense, run_gemm, run_to_half
-from fxquant.codegen.prepack import Declined, KernelWeight, PackedWeight, prepare
+from fxquant.codegen.prepack import Declined, KernelWeight, Operands, prepare
 from fxquant.codegen.tiles import Tiles
 
 SMALL = Tiles(BM=16, BN=32, splits=1, swap=False, warps=4, stages=2)
@@ -22,9 +22,9 @@ SPECS = [
 ]  # fmt: skip
 
 
-def packed(weight: torch.Tensor, spec: str) -> tuple[PackedWeight, torch.Tensor]:
+def packed(weight: torch.Tensor, spec: str) -> tuple[Operands, torch.Tensor]:
     q = fxquant.quantize_tensor(weight, spec)
-    operands = PackedWeight(q.packed, q.stored_scale, q.zero_point, spec, q.shape, q.tensor_scale)
+    operands = Operands(q.packed, q.stored_scale, q.zero_point, spec, q.shape, q.tensor_scale)
     return operands, q.dequantize(torch.float64)
 
 
@@ -87,7 +87,7 @@ def test_the_epilogue_does_what_the_operators_do(activation: str, splits: int) -
     x, bias, residual = torch.randn(5, 512).half(), torch.randn(33).half(), torch.randn(5, 40).half()[:, :33]
     thin, wide = torch.randn(5, 6).half(), torch.randn(33, 6).half()
     row_scale = torch.exp2(torch.randint(-3, 4, (5,)).float())
-    y = (x.double() @ w.T + thin.double() @ wide.double().T) * row_scale.double()[:, None] + bias.double()
+    y = x.double() @ w.T * row_scale.double()[:, None] + thin.double() @ wide.double().T + bias.double()
     functions = {
         "none": lambda v: v, "relu": torch.relu, "silu": torch.nn.functional.silu,
         "gelu": torch.nn.functional.gelu, "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
