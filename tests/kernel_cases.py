@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxquant.codegen.triton_source import gemm
+from fxquant.codegen.triton_source import Source, gemm
 from fxquant.decodings import Decoding, decoding
 from fxquant.formats import parse_format
 from fxquant.grids import FloatFormat, IntFormat
@@ -96,17 +96,20 @@ class Case:
 
 
 @cache
-def kernels(d: Decoding) -> ModuleType:
-    """The emitted module, written to a file and imported."""
-    source = gemm(d)
+def load(source: Source) -> ModuleType:
+    """An emitted module, written to a file and imported."""
     path = Path(tempfile.mkdtemp()) / f"{source.name}.py"
     path.write_text(source.text)
-    spec = importlib.util.spec_from_file_location(f"{source.name}_{id(d)}", path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def kernels(d: Decoding) -> ModuleType:
+    return load(gemm(d))
 
 
 # --- guards ----------------------------------------------------------------------------------------------------------

@@ -87,9 +87,8 @@ def _names(text: str) -> Iterator[str]:
 
 
 def _operands(text: str) -> Iterator[tuple[str, ...] | str]:
-    for part in re.findall(r"\{[^}]*\}|[^,]+", text):
-        if part := part.strip():
-            yield tuple(name.strip() for name in part.strip("{}").split(",")) if part.startswith("{") else part
+    for part in re.findall(r"\{[^}]*\}|[^,{\s][^,]*", text):
+        yield tuple(name.strip() for name in part.strip("{}").split(",")) if part[0] == "{" else part.strip()
 
 
 def registers(constraints: str, declared: Mapping[str, int]) -> dict[str, Register]:
@@ -227,7 +226,8 @@ def _two_halves(operation: Callable[..., Any]) -> Callable[..., Any]:
 
     def row(*words: Any) -> Any:
         low, high = zip(*(halves(_word(x)) for x in words), strict=True)
-        return join(*(_rounded(operation(*map(_float, part))) for part in (low, high)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return join(*(_rounded(operation(*map(_float, part))) for part in (low, high)))
 
     return row
 

@@ -9,7 +9,8 @@ inline assembly          not implemented                               ``ptx.ele
 bfloat16, FP8            dot, +, * and compare of bfloat16 work on     dot widens to float32 first; all other
                          the bits as if they were integers; float32    arithmetic is an error; torch converts: to
                          to bfloat16 is truncated, subnormals of       nearest even, to FP8 no further than its
-                         E5M2 become 0 as float16                      largest number
+                         E5M2 become 0 as float16, scales of E4M3      largest number
+                         are taken for E8M0
 loads and stores         anywhere                                      inside the memory that ``within`` names, else
                                                                        an error
 =======================  ============================================  ================================================
@@ -36,6 +37,7 @@ GROUPINGS = 2
 """Random groupings under which assembly with pack > 1 is run again."""
 _NAMES = ("create_dot", "binary_op", "unary_op", "create_masked_load", "create_masked_store")
 _original = {name: getattr(InterpreterBuilder, name) for name in _NAMES}
+_original_scale = interpreter._dot_scaled_scale_to_f32
 _memory: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
 
 
@@ -48,6 +50,7 @@ def install() -> None:
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
     interpreter._convert_float = convert_float
+    interpreter._dot_scaled_scale_to_f32 = scale_to_float
     for name, mended in {
         "create_inline_asm": create_inline_asm, "create_dot": create_dot,
         "binary_op": binary_op, "unary_op": unary_op, "create_masked_load": create_masked_load,
@@ -102,6 +105,13 @@ def convert_float(data: NDArray[Any], of: Any, to: Any, rounding: Any) -> NDArra
         most = torch.finfo(target).max
         x = x.clamp(-most, most)
     return x.to(target).view(BITS[target.itemsize]).numpy().reshape(data.shape)
+
+
+def scale_to_float(handle: TensorHandle, compute: Any) -> NDArray[Any]:
+    """Scales of ``tl.dot_scaled``: E8M0 as the interpreter has it, E4M3 (NVFP4), which it would take for E8M0."""
+    if handle.dtype.scalar not in RAW:
+        return _original_scale(handle, compute)
+    return _widened(handle).data
 
 
 def create_dot(self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, *options: Any) -> TensorHandle:

@@ -28,9 +28,9 @@ def test_all_codes_in_all_slots(d: Decoding, asm: bool) -> None:
 
 @pytest.mark.parametrize("group", [0, 16, 20, 48, 128, 400])
 @pytest.mark.parametrize(("name", "x", "zero"), [("e3m2", "", False), ("uint4", "", True), ("e2m1", "e4m3", False)])
-@pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_dense(name: str, x: str, zero: bool, group: int, out: torch.dtype) -> None:
+def test_dense(name: str, x: str, zero: bool, group: int) -> None:
     """W as the kernel writes it is W, rounded once; rows of it with gaps, which stay as they were."""
+    out = {0: torch.float32, 16: torch.float16}.get(group, torch.bfloat16)
     case = Case(name, x=x, M=1, N=37, K=400, group=group, zero=zero, exact=False, asm=True)
     d, o = case.decoding, operands(case)
     to = guarded(torch.full((case.N, case.K), 7.0, dtype=out), 9)
