@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,39 @@ def install() -> None:
         raise RuntimeError("set TRITON_INTERPRET=1 before triton is imported")
     interpreter._convert_float = convert_float
     interpreter._dot_scaled_scale_to_f32 = scale_to_float
+    interpreter._patch_lang = patch_lang
     for name, mended in {
         "create_inline_asm": create_inline_asm, "create_dot": create_dot,
         "binary_op": binary_op, "unary_op": unary_op, "create_masked_load": create_masked_load,
         "create_masked_store": create_masked_store,
     }.items():  # fmt: skip
         setattr(InterpreterBuilder, name, mended)
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+_original_patch = interpreter._patch_lang
+_LANGUAGE = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+_patched: list[Any] = []
+
+
+class _Scope:
+    """What ends when a function does; for functions that a kernel calls, nothing."""
+
+    def __init__(self, scope: Any) -> None:
+        self.scope = scope
+
+    def restore(self) -> None:
+        if self.scope:
+            _patched.remove(self.scope)
+            self.scope.restore()
+
+
+def patch_lang(fn: Any) -> _Scope:
+    """The language made one of numpy: once a launch, where the interpreter does it again for every function called."""
+    if _patched:
+        return _Scope(None)
+    _patched.append(_original_patch(_LANGUAGE))
+    return _Scope(_patched[0])
 
 
 # --- inline assembly -------------------------------------------------------------------------------------------------
