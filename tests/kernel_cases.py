@@ -198,6 +198,7 @@ def operands(case: Case) -> Operands:
     packed = pack(d.codes(_filled(case, codes)), d.layout)
     packed = packed if case.x else packed.view(torch.int32)
     unused = torch.zeros(1)
+    thin = torch.bfloat16 if case.out == torch.bfloat16 else torch.float16
     return Operands(
         x=guarded(numbers(M, K).to(X[case.x]), case.gap),
         w=guarded(packed),
@@ -206,8 +207,8 @@ def operands(case: Case) -> Operands:
         row_scale=guarded(factors(M) if case.row_scale else unused),
         bias=guarded(numbers(N).to(case.out) if case.bias else unused),
         residual=guarded(numbers(M, N).to(case.out), case.gap) if case.residual else guarded(unused),
-        thin=guarded(numbers(M, case.rank, high=2).half() if case.rank else unused),
-        wide=guarded(numbers(N, case.rank, high=2).half() if case.rank else unused),
+        thin=guarded(numbers(M, case.rank, high=2).to(thin) if case.rank else unused),
+        wide=guarded(numbers(N, case.rank, high=2).to(thin) if case.rank else unused),
         out=guarded(torch.full((M, N), 7.0, dtype=case.out), case.gap),
         partial=guarded(torch.full((case.splits, M, N), 7.0)),
         weight=shifted * scale.double()[of].T,
@@ -243,19 +244,16 @@ def _filled(case: Case, codes: Tensor) -> Tensor:
 
 # --- results ---------------------------------------------------------------------------------------------------------
 def wanted(case: Case, o: Operands) -> Tensor:
-    """``activate((x W^T + thin wide^T) * row_scale + bias) + residual`` in float64, not rounded."""
-    y = _linear(case, o)
+    """``activation(x W^T * row_scale + thin wide^T + bias) + residual`` in float64, not rounded."""
+    y = o.x.view.double() @ o.weight.T
     if case.row_scale:
         y = y * o.row_scale.view.double()[:, None]
+    if case.rank:
+        y = y + o.thin.view.double() @ o.wide.view.double().T
     if case.bias:
         y = y + o.bias.view.double()
     y = ACTIVATIONS[case.activation](y)
     return y + o.residual.view.double() if case.residual else y
-
-
-def _linear(case: Case, o: Operands) -> Tensor:
-    y = o.x.view.double() @ o.weight.T
-    return y + o.thin.view.double() @ o.wide.view.double().T if case.rank else y
 
 
 def steps(case: Case, o: Operands) -> float:
@@ -282,10 +280,10 @@ def bound(case: Case, o: Operands) -> Tensor:
     """
     u = UNIT[torch.float32]
     terms = o.x.view.double().abs() @ o.weight.abs().T
-    if case.rank:
-        terms = terms + o.thin.view.double().abs() @ o.wide.view.double().abs().T
     if case.row_scale:
         terms = terms * o.row_scale.view.double()[:, None]
+    if case.rank:
+        terms = terms + o.thin.view.double().abs() @ o.wide.view.double().abs().T
     if case.bias:
         terms = terms + o.bias.view.double().abs()
     count = case.K + case.rank + case.groups + case.splits + 8

@@ -22,7 +22,7 @@ def places(draw: st.DrawFn) -> tuple[tuple[int, ...], int]:
     return tuple(found), lane
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(where=places(), wrap=st.booleans())
 def test_every_bit_is_one_bit_of_one_code(where: tuple[tuple[int, ...], int], wrap: bool) -> None:
     at, lane = where

@@ -13,7 +13,7 @@ from fxquant.codegen.gemm import Epilogue, run_dense, run_gemm, run_to_half
 from fxquant.codegen.prepack import Declined, KernelWeight, Operands, prepare
 from fxquant.codegen.tiles import Tiles
 
-SMALL = Tiles(BM=16, BN=32, splits=1, swap=False, warps=4, stages=2)
+SMALL = Tiles(BM=16, BN=64, splits=1, swap=False, warps=4, stages=2)
 SPECS = [
     "e3m2/channel", "e3m2/tensor", "e3m2/group64", "e3m2/group48", "e3m2/group20", "e2m3/group128", "e2m2/channel",
     "e3m1/group64", "e2m1/group32:e8m0", "e2m1/group16:e4m3", "e2m1/group64:m2", "e3m2/block16x64", "e3m0/channel",
