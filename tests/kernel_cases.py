@@ -87,6 +87,11 @@ class Case:
         return -(-self.K // self.group) if self.group else 1
 
     @property
+    def even(self) -> bool:
+        """Whether x is read with no mask: no column of a block is beyond K, and groups are not filled up."""
+        return self.K % self.decoding.block == 0 and self.padded == self.group
+
+    @property
     def every(self) -> int:
         """Slices after which a sum is scaled: as many as divide a group."""
         every = self.decoding.slices
@@ -311,7 +316,7 @@ def launch(case: Case, o: Operands) -> None:
         o.x.view, o.w.view, o.scale.view, o.zero.view, *more, to,
         case.M, case.N, case.K, o.blocks, o.x.view.stride(0), *strides,
         RUN=d.run, EVERY=case.every, GROUP=case.group, PADDED=case.padded,
-        EVEN=case.K % d.block == 0 and case.padded == case.group, SWAP=case.swap, ZERO=case.zero, USE_ASM=case.asm,
+        EVEN=case.even, SWAP=case.swap, ZERO=case.zero, USE_ASM=case.asm,
         **finish,
     )  # fmt: skip
     if case.splits > 1:
