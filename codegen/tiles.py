@@ -39,17 +39,19 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A kernel's loop over K: ``blocks`` steps of ``block`` columns, a weight of ``bits`` bits."""
+    """A kernel's loop over K: ``blocks`` steps of ``block`` columns, a weight of ``bits`` bits, x of ``x_bytes``."""
 
     blocks: int
     block: int
     bits: int
+    x_bytes: int = 2
 
 
 def tiles(M: int, N: int, K: Steps, *, sms: int, arch: int) -> Tiles:
     """The tiles of ``[M, K] @ [K, N]`` on a device of ``sms`` multiprocessors and architecture ``arch`` (90: sm_90)."""
+    byte_dots = K.x_bytes == 1 and 90 <= arch < 120  # FP8 is multiplied by instructions of 64 or 128 rows on the left
     if M <= DECODE:
-        BM, BN, warps, swap = 16, 64, 4, False
+        BM, BN, warps, swap = 16, 128 if byte_dots and arch >= 100 else 64, 4, byte_dots
     else:
         BM, BN, warps, swap = (32, 128, 4, True) if M <= 32 else (64, 128, 4, True) if M <= 64 else (128, 128, 8, True)
     limit, stages = shared_limit(arch), _STAGES
@@ -73,7 +75,7 @@ def _whole(blocks: int, splits: int) -> int:
 
 def shared_bytes(BM: int, BN: int, K: Steps, *, stages: int, arch: int, swap: bool) -> int:
     """Bytes of shared memory that a pipeline of ``stages`` takes."""
-    x, w = BM * K.block * 2, BN * K.block * K.bits // 8
+    x, w = BM * K.block * K.x_bytes, BN * K.block * K.bits // 8
     return (stages - 1) * (x + w) + (x if swap and 90 <= arch < 120 else 0)
 
 

@@ -29,7 +29,8 @@ Timer = Callable[[Callable[[], Tensor]], float]
 
 def steps(weight: KernelWeight) -> Steps:
     """The loop over K of a weight's kernel."""
-    return Steps(weight.blocks, weight.decoding.block, weight.decoding.format.bits)
+    made = weight.decoding
+    return Steps(weight.blocks, made.block, made.format.bits, 2 if made.target is None else 1)
 
 
 def key(M: int, weight: KernelWeight) -> str:

@@ -240,19 +240,16 @@ def _filled(case: Case, codes: Tensor) -> Tensor:
 
 # --- results ---------------------------------------------------------------------------------------------------------
 def wanted(case: Case, o: Operands) -> Tensor:
-    """``activate((x W^T + thin wide^T) * row_scale + bias) + residual`` in float64, not rounded."""
-    y = _linear(case, o)
+    """``activate(x W^T * row_scale + thin wide^T + bias) + residual`` in float64, not rounded."""
+    y = o.x.view.double() @ o.weight.T
     if case.row_scale:
         y = y * o.row_scale.view.double()[:, None]
+    if case.rank:
+        y = y + o.thin.view.double() @ o.wide.view.double().T
     if case.bias:
         y = y + o.bias.view.double()
     y = ACTIVATIONS[case.activation](y)
     return y + o.residual.view.double() if case.residual else y
-
-
-def _linear(case: Case, o: Operands) -> Tensor:
-    y = o.x.view.double() @ o.weight.T
-    return y + o.thin.view.double() @ o.wide.view.double().T if case.rank else y
 
 
 def steps(case: Case, o: Operands) -> float:
@@ -279,10 +276,10 @@ def bound(case: Case, o: Operands) -> Tensor:
     """
     u = UNIT[torch.float32]
     terms = o.x.view.double().abs() @ o.weight.abs().T
-    if case.rank:
-        terms = terms + o.thin.view.double().abs() @ o.wide.view.double().abs().T
     if case.row_scale:
         terms = terms * o.row_scale.view.double()[:, None]
+    if case.rank:
+        terms = terms + o.thin.view.double().abs() @ o.wide.view.double().abs().T
     if case.bias:
         terms = terms + o.bias.view.double().abs()
     count = case.K + case.rank + case.groups + case.splits + 8
