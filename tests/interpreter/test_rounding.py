@@ -82,8 +82,8 @@ def test_powers_of_two_that_leave_the_window_are_moved_into_the_scale() -> None:
         assert (None if found.x is None else str(found.x)) == x
         data = torch.randn(3, 300) * torch.exp2(-bias.float())
         codes, row_scale = run_round(data, parse_spec("e2m1").format, rounding.scale, found)
-        assert torch.equal(codes.float() * row_scale[:, None], fake_quantize(data, torch.ones(1, 1), None, "e2m1/tensor",
-                                                                             None, bias))  # fmt: skip
+        want = fake_quantize(data, torch.ones(1, 1), None, "e2m1/tensor", None, bias)
+        assert torch.equal(codes.float() * row_scale[:, None], want)
     bias[0] = -37
     declined = plan(weight, InputRounding("e2m1/tensor", torch.ones(1, 1), bias), arch=90)
     assert isinstance(declined, Declined)
