@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -172,3 +174,17 @@ def test_opcheck_and_compile() -> None:
     assert torch.equal(torch.compile(f, backend="aot_eager", fullgraph=True)(arguments[0]), f(arguments[0]))
     with pytest.raises(ValueError, match="unknown activation 'tanh'; expected one of none, relu"):
         ops.linear_wq_fused(*arguments, activation="tanh")
+
+
+@pytest.mark.slow
+def test_aot_inductor_packages_a_fused_graph(tmp_path: Path) -> None:
+    """The operators stay opaque calls in the compiled library, which finds them once fxquant is imported."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64)).eval()
+    x = torch.randn(3, 64)
+    made = fxquant.compile(model, (x,), "W4A8-FP", calibration=[(torch.randn(128, 64),) for _ in range(2)])
+    with torch.no_grad():
+        exported = torch.export.export(fused(made.program).gm, (x,), strict=False)
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        got = torch._inductor.aoti_load_package(package)(x)
+    assert torch.equal(got[0] if isinstance(got, (list, tuple)) else got, made(x))
