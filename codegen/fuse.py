@@ -22,7 +22,7 @@ from torch import fx
 from fxquant.graph import TensorType, info, tensor_type, update_info
 from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
-from fxquant.program import Pass, Program
+from fxquant.program import Pass, Program, copied
 from fxquant.qdq import rounding_spec
 from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten
 
@@ -32,14 +32,7 @@ _ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.gelu.
 
 def fused(program: Program) -> Program:
     """A program that shares the tensors of ``program`` and whose graph is fused; ``program`` stays as it is."""
-    graph = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.gm.graph, values))
-    for node in program.gm.graph.find_nodes(op="output"):
-        values[node] = next(iter(graph.find_nodes(op="output")))
-    for old, new in values.items():
-        new.meta = dict(old.meta)
-    copy = Program(fx.GraphModule(program.gm, graph), program.signature)
+    copy = copied(program)
     fuse(copy, {})
     copy.gm.graph.lint()
     copy.gm.recompile()

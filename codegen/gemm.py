@@ -7,7 +7,7 @@ arguments. CPU tensors go through Triton's interpreter where that is on, which i
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -18,9 +18,12 @@ from torch.nn import functional as F
 from fxquant import cache as kernel_cache
 from fxquant.codegen import triton_source
 from fxquant.codegen.prepack import KernelWeight
+from fxquant.codegen.rounding import RoundedProduct
 from fxquant.codegen.tiles import Tiles
 from fxquant.codegen.variants import FP_FUSION
 from fxquant.decodings import Decoding
+from fxquant.formats import Format
+from fxquant.grids import FloatFormat
 
 _RANK = 16
 """What the inner dimension of the compensation is a multiple of: a dot's least."""
@@ -39,12 +42,25 @@ class Epilogue:
     thin: Tensor | None = None
     wide: Tensor | None = None
 
+    def flattened(self, M: int, N: int) -> Epilogue:
+        """The same for rows ``[M, ...]``, each value contiguous along its last dimension."""
+
+        def rows(value: Tensor | None, width: int) -> Tensor | None:
+            if value is None:
+                return None
+            value = value.reshape(M, width)
+            return value if value.stride(1) == 1 else value.contiguous()
+
+        rank = 0 if self.thin is None else self.thin.shape[-1]
+        return replace(self, residual=rows(self.residual, N), thin=rows(self.thin, rank))
+
 
 def run_gemm(
     x: Tensor, weight: KernelWeight, tiles: Tiles, *, row_scale: Tensor | None = None, epilogue: Epilogue | None = None,
     dtype: torch.dtype | None = None, use_asm: bool = True,
 ) -> Tensor:  # fmt: skip
-    """``epilogue(x @ W^T)``, ``[M, N]`` in ``dtype`` (x's own where None), of float16 x ``[M, K]``."""
+    """``epilogue(x @ W^T)``, ``[M, N]`` in ``dtype`` (x's own where None), of x ``[M, K]``: float16, or FP8 where
+    the weight was prepared for it."""
     kernels = _weight_kernels(weight.decoding)
     more = epilogue or Epilogue()
     (M, K), N, splits = x.shape, weight.rows, tiles.splits
@@ -116,6 +132,28 @@ def run_to_half(x: Tensor) -> tuple[Tensor, Tensor]:
     with _on(x):
         _row_kernels().to_half[(M,)](x, out, row_scale, K, x.stride(0), BK=_chunk(K), enable_fp_fusion=FP_FUSION)
     return out, row_scale
+
+
+def run_round(x: Tensor, format: Format, given: Tensor | None, product: RoundedProduct) -> tuple[Tensor, Tensor]:
+    """x ``[M, K]`` rounded to ``format`` with the scale ``given``, or one found for each row, as ``product`` takes it:
+    float16 or FP8 ``[M, K]``, and the scale of each row, float32 ``[M]``."""
+    M, K = x.shape
+    out = x.new_empty(M, K, dtype=torch.float16 if product.x is None else torch.uint8)
+    row_scale, to = x.new_empty(M, dtype=torch.float32), product.x
+    small = format if isinstance(format, FloatFormat) else None
+    with _on(x):
+        _row_kernels().round_rows[(M,)](
+            x, x if given is None else given, x if product.before is None else product.before,
+            x if product.after is None else product.after, out, row_scale, K, x.stride(0), 2.0**product.down,
+            2.0**-product.down, MBITS=small.mbits if small else 0, BIAS=int(small.bias) if small else 0,
+            MAX=format.max, INTEGER=small is None, STATIC=given is not None, BEFORE=product.before is not None,
+            AFTER=product.after is not None, TO_MBITS=to.mbits if to else 0, TO_BIAS=int(to.bias) if to else 0,
+            BK=_chunk(K), enable_fp_fusion=FP_FUSION,
+        )  # fmt: skip
+    return out if to is None else out.view(_TORCH_BYTES[str(to)]), row_scale
+
+
+_TORCH_BYTES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def _chunk(K: int) -> int:

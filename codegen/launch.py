@@ -1,11 +1,12 @@
 """launch: the packed operators on a GPU, by generated Triton kernels. Importing this registers them.
 
-What runs for ``linear_wq`` on CUDA tensors; everything else, and every other operator, runs its reference body::
+What runs for ``linear_wq`` and ``linear_wq_fused`` on CUDA tensors; everything else runs its reference body::
 
     x float16                    kernel on x                                          sums in float32
     x bfloat16                   kernel on x as float16, a power of two a row         off by <= 2^-39 of a row's largest
+    x to be rounded (W4A8 ...)   kernel on codes, FP8 from sm_89 on, else float16     sums in float32; see ``rounding``
     256 rows and more            W decoded once by a kernel, then torch's product
-    x float32, float64           reference: float16 would lose bits of x
+    x float32, float64           reference: float16 would lose bits of x, unless x is rounded anyway
     a weight without a kernel    reference (``prepack`` says why): codebooks, exponent biases
     below sm_80, no triton       reference
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -27,11 +28,13 @@ from torch.nn import functional as F
 
 from fxquant import ops
 from fxquant.codegen import tiles, tuning
-from fxquant.codegen.gemm import Epilogue, run_dense, run_gemm, run_to_half
+from fxquant.codegen.gemm import Epilogue, run_dense, run_gemm, run_round, run_to_half
 from fxquant.codegen.prepack import Declined, KernelWeight, Operands, prepare
+from fxquant.codegen.rounding import InputRounding, RoundedProduct, plan
 from fxquant.errors import InputError
 from fxquant.program import Progress, quiet
 from fxquant.rewrite import fetch
+from fxquant.scheme import parse_spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +62,52 @@ def linear_wq(
     check_arguments(x, weight, bias)
     kernel = kernel_for(x, weight)
     if isinstance(kernel, Declined):
-        warn_once(f"{spec} linear on {x.device.type}: {kernel.reason}; W is decoded by torch at every call instead")
+        _warn(spec, x, kernel)
         return ops.linear_wq(x, packed, scale, zero_point, bias, spec, shape, tensor_scale, exponent_bias)
     return linear(x, kernel, device(x.device.index), Epilogue(bias))
 
 
-def kernel_for(x: Tensor, weight: Operands) -> KernelWeight | Declined:
+def linear_wq_fused(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, spec: str,
+    shape: Sequence[int], tensor_scale: Tensor | None = None, exponent_bias: Tensor | None = None, *,
+    input_spec: str = "", input_scale: Tensor | None = None, input_bias: Tensor | None = None, shifted: bool = False,
+    thin: Tensor | None = None, wide: Tensor | None = None, activation: str = "none", residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``ops.linear_wq_fused`` for CUDA tensors. Raises InputError for an argument that does not fit."""
+    weight = Operands(packed, scale, zero_point, spec, tuple(shape), tensor_scale, exponent_bias)
+    epilogue = Epilogue(bias, activation, residual, thin, wide)
+    rounding = InputRounding(input_spec, input_scale, input_bias, shifted) if input_spec else None
+    check_arguments(x, weight, bias)
+    check_around(x, weight, epilogue, rounding)
+    kernel = kernel_for(x, weight, rounding)
+    if isinstance(kernel, Declined):
+        _warn(spec, x, kernel)
+        return ops.linear_wq_fused(
+            x, packed, scale, zero_point, bias, spec, shape, tensor_scale, exponent_bias, input_spec=input_spec,
+            input_scale=input_scale, input_bias=input_bias, shifted=shifted, thin=thin, wide=wide,
+            activation=activation, residual=residual,
+        )  # fmt: skip
+    return linear(x, kernel, device(x.device.index), epilogue, rounding)
+
+
+def _warn(spec: str, x: Tensor, declined: Declined) -> None:
+    warn_once(f"{spec} linear on {x.device.type}: {declined.reason}; W is decoded by torch at every call instead")
+
+
+Kernel = KernelWeight | RoundedProduct
+_SIXTEEN = (torch.float16, torch.bfloat16)
+
+
+def kernel_for(x: Tensor, weight: Operands, rounding: InputRounding | None = None) -> Kernel | Declined:
     """The weight for a kernel, or why none runs."""
     if 0 in weight.shape:
         return Declined("the weight is empty")
-    if x.dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype not in _SIXTEEN and (rounding is None or x.dtype == torch.float64):
         return Declined(f"x is {x.dtype}, and kernels take float16 and bfloat16")
-    if reason := no_kernels(device(x.device.index)):
+    gpu = device(x.device.index)
+    if reason := no_kernels(gpu):
         return Declined(reason)
-    return prepare(weight)
+    return prepare(weight) if rounding is None else plan(weight, rounding, arch=gpu.arch)
 
 
 @cache
@@ -87,22 +122,49 @@ def no_kernels(gpu: Device) -> str | None:
     return None
 
 
-def linear(x: Tensor, weight: KernelWeight, gpu: Device, epilogue: Epilogue, *, use_asm: bool = True) -> Tensor:
-    """``epilogue(x @ W^T)`` for x ``[..., K]`` of float16 or bfloat16, by kernels; ``[..., N]``."""
+def linear(
+    x: Tensor, kernel: Kernel, gpu: Device, epilogue: Epilogue, rounding: InputRounding | None = None, *,
+    use_asm: bool = True,
+) -> Tensor:  # fmt: skip
+    """``epilogue(x @ W^T)`` for x ``[..., K]``, rounded as ``rounding`` says, by kernels; ``[..., N]``."""
+    weight = kernel.weight if isinstance(kernel, RoundedProduct) else kernel
+    shape, N = (*x.shape[:-1], weight.rows), weight.rows
     rows = x.reshape(-1, x.shape[-1])
     if rows.numel() and rows.stride(1) != 1:
         rows = rows.contiguous()
-    M, N = len(rows), weight.rows
+    M = len(rows)
     if M == 0:
-        return x.new_empty(*x.shape[:-1], N)
+        return x.new_empty(shape)
+    flat = epilogue.flattened(M, N)
     if M >= tiles.DENSE:
-        y = F.linear(rows, run_dense(weight, x.dtype, use_asm=use_asm), epilogue.bias)
-        return y.reshape(*x.shape[:-1], N)
-    half, row_scale = (rows, None) if x.dtype == torch.float16 else run_to_half(rows)
+        return _by_dense(rows, kernel, flat, rounding, use_asm).reshape(shape)
+    row_scale = None
+    if isinstance(kernel, RoundedProduct) and rounding is not None:
+        rows, row_scale = run_round(rows, parse_spec(rounding.spec).format, rounding.scale, kernel)
+    elif x.dtype == torch.bfloat16:
+        rows, row_scale = run_to_half(rows)
     timed = tuning.stored(gpu.name).get(tuning.key(M, weight))
     chosen = timed or tiles.tiles(M, N, tuning.steps(weight), sms=gpu.sms, arch=gpu.arch)
-    y = run_gemm(half, weight, chosen, row_scale=row_scale, epilogue=epilogue, dtype=x.dtype, use_asm=use_asm)
-    return y.reshape(*x.shape[:-1], N)
+    own = flat if flat.thin is None or flat.thin.dtype in _SIXTEEN else Epilogue(flat.bias)
+    y = run_gemm(rows, weight, chosen, row_scale=row_scale, epilogue=own, dtype=x.dtype, use_asm=use_asm)
+    if own is not flat:  # float32 factors, which the kernel would multiply as TF32
+        y = ops.finish(y, flat.thin, flat.wide, flat.activation, flat.residual)
+    return y.reshape(shape)
+
+
+def _by_dense(
+    rows: Tensor, kernel: Kernel, epilogue: Epilogue, rounding: InputRounding | None, use_asm: bool
+) -> Tensor:
+    """The same for so many rows that W is decoded once for all of them, and torch does the rest."""
+    weight = kernel
+    if isinstance(kernel, RoundedProduct) and rounding is not None:
+        weight = kernel.weight
+        half = replace(kernel, x=None)
+        codes, row_scale = run_round(rows, parse_spec(rounding.spec).format, rounding.scale, half)
+        rows = (codes.float() * row_scale[:, None]).to(rows.dtype)
+    assert isinstance(weight, KernelWeight)
+    y = F.linear(rows, run_dense(weight, rows.dtype, use_asm=use_asm), epilogue.bias)
+    return ops.finish(y, epilogue.thin, epilogue.wide, epilogue.activation, epilogue.residual)
 
 
 def check_arguments(x: Tensor, weight: Operands, bias: Tensor | None) -> None:
@@ -125,6 +187,29 @@ def check_arguments(x: Tensor, weight: Operands, bias: Tensor | None) -> None:
         raise InputError(f"x has shape {list(x.shape)}; expected [..., {K}]")
     if bias is not None and (tuple(bias.shape) != (N,) or bias.dtype != x.dtype):
         raise InputError(f"bias is {bias.dtype} {list(bias.shape)}; expected {x.dtype} [{N}]")
+
+
+def check_around(x: Tensor, weight: Operands, epilogue: Epilogue, rounding: InputRounding | None) -> None:
+    """The same for what is around a packed linear."""
+    N, K = weight.shape
+    lead, rank = list(x.shape[:-1]), 0 if epilogue.thin is None else epilogue.thin.shape[-1]
+    if (epilogue.thin is None) != (epilogue.wide is None):
+        raise InputError(f"{'thin' if epilogue.thin is None else 'wide'} is missing; they go together")
+    wanted = {
+        "residual": (epilogue.residual, x.dtype, [*lead, N]), "thin": (epilogue.thin, x.dtype, [*lead, rank]),
+        "wide": (epilogue.wide, x.dtype, [N, rank]),
+        "input_scale": (rounding.scale if rounding else None, torch.float32, [1, 1]),
+        "input_bias": (rounding.exponent_bias if rounding else None, torch.int8, [K]),
+    }  # fmt: skip
+    for name, (value, dtype, shape) in wanted.items():
+        if value is None:
+            continue
+        if value.device != x.device:
+            raise InputError(f"{name} is on {value.device}, x is on {x.device}; move the model or its inputs")
+        if value.dtype != dtype or list(value.shape) != shape:
+            raise InputError(f"{name} is {value.dtype} {list(value.shape)}; expected {dtype} {shape}")
+    if epilogue.activation not in ops.ACTIVATIONS:
+        raise InputError(f"unknown activation {epilogue.activation!r}; expected one of {', '.join(ops.ACTIVATIONS)}")
 
 
 @cache
@@ -175,3 +260,4 @@ _OPERANDS = ("packed", "scale", "zero_point", "spec", "shape", "tensor_scale", "
 _linear: Any = ops.operators.linear_wq.default
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")
 _library.impl("linear_wq", linear_wq, "CUDA")
+_library.impl("linear_wq_fused", linear_wq_fused, "CUDA")

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant import packing
+from fxquant.codegen.remember import remember
 from fxquant.decodings import Decoding, decoding
 from fxquant.errors import FormatError, InputError
 from fxquant.grids import FloatFormat
@@ -42,7 +41,7 @@ class Operands:
     exponent_bias: Tensor | None = None
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self.packed, self.scale, self.zero_point, self.tensor_scale, self.exponent_bias
 
     def check(self) -> None:
@@ -96,35 +95,12 @@ def prepare(weight: Operands, target: FloatFormat | None = None) -> KernelWeight
 
     The result is kept as long as ``packed`` lives.
 
-    Raises InputError for tensors that do not fit the spec and the shape."""
-    key, own = _state(weight), weight.tensors[1:]
-    kept: dict[FloatFormat | None, _Prepared] = _PREPARED.setdefault(weight.packed, {})
-    found = kept.get(target)
-    if found is not None and found[0] == key and all(a is b for a, b in zip(_alive(found[1]), own, strict=True)):
-        return found[2]
-    made = _prepare(weight, target)
-    kept[target] = (key, tuple(None if t is None else ref(t) for t in own), made)
-    return made
+    Raises InputError for tensors that do not fit the spec and the shape.
+    """
+    return remember(lambda: _prepare(weight, target), ("kernel", target, weight.spec, weight.shape), *weight.tensors)
 
 
 _PROMOTE = 128
-_Refs = tuple[ReferenceType[Tensor] | None, ...]
-_Prepared = tuple[tuple[object, ...], _Refs, KernelWeight | Declined]
-_PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Packed tensor -> (state it was in, its scales, what was made of them): a memory of a pure function."""
-
-
-def _alive(refs: _Refs) -> list[Tensor | None]:
-    return [None if r is None else r() for r in refs]
-
-
-def _state(weight: Operands) -> tuple[object, ...]:
-    """What changes when a tensor is written to in place, or is given other memory."""
-    return (weight.spec, weight.shape, *(None if t is None else _version(t) for t in weight.tensors))
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
 def _prepare(weight: Operands, target: FloatFormat | None) -> KernelWeight | Declined:

@@ -39,26 +39,38 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A kernel's loop over K: ``blocks`` steps of ``block`` columns, a weight of ``bits`` bits."""
+    """A kernel's loop over K: ``blocks`` steps of ``block`` columns, a weight of ``bits`` bits, x of ``x_bytes``."""
 
     blocks: int
     block: int
     bits: int
+    x_bytes: int = 2
 
 
 def tiles(M: int, N: int, K: Steps, *, sms: int, arch: int) -> Tiles:
     """The tiles of ``[M, K] @ [K, N]`` on a device of ``sms`` multiprocessors and architecture ``arch`` (90: sm_90)."""
-    if M <= DECODE:
-        BM, BN, warps, swap = 16, 64, 4, False
-    else:
-        BM, BN, warps, swap = (32, 128, 4, True) if M <= 32 else (64, 128, 4, True) if M <= 64 else (128, 128, 8, True)
-    limit, stages = shared_limit(arch), _STAGES
+    BM, BN, warps, swap = _shape(M, arch, byte=K.x_bytes == 1)
+    limit, stages = shared_limit(arch) // (2 if M <= DECODE else 1), _STAGES  # two programs side by side hide latency
     while stages > 2 and shared_bytes(BM, BN, K, stages=stages, arch=arch, swap=swap) > limit:
         stages -= 1
     while BM > 16 and shared_bytes(BM, BN, K, stages=stages, arch=arch, swap=swap) > limit:
         BM //= 2
     programs = -(-M // BM) * -(-N // BN)
     return Tiles(BM, BN, _splits(programs, K.blocks, sms), swap, warps, stages)
+
+
+def _shape(M: int, arch: int, *, byte: bool) -> tuple[int, int, int, bool]:
+    """BM, BN, warps and swap: such as fill registers without spilling, by the compiler's own count."""
+    groups = 90 <= arch < 120  # instructions of a warp group, which take 64 or 128 rows on the left
+    if M <= DECODE:
+        if byte and groups:
+            return 16, 64 if arch < 100 else 128, 4, True
+        return 16, 64, 4 if byte else 2, False
+    if M <= 32:
+        return (32, 128, 4, True) if groups or byte else (32, 64, 4, False)
+    if byte and not groups:
+        return 64, 128, 8, True
+    return (64, 128, 4, True) if M <= 64 else (128, 128, 8, True)
 
 
 def _splits(programs: int, blocks: int, sms: int) -> int:
@@ -73,8 +85,9 @@ def _whole(blocks: int, splits: int) -> int:
 
 def shared_bytes(BM: int, BN: int, K: Steps, *, stages: int, arch: int, swap: bool) -> int:
     """Bytes of shared memory that a pipeline of ``stages`` takes."""
-    x, w = BM * K.block * 2, BN * K.block * K.bits // 8
-    return (stages - 1) * (x + w) + (x if swap and 90 <= arch < 120 else 0)
+    x, w = BM * K.block * K.x_bytes, BN * K.block * K.bits // 8
+    read_from_there = swap and (90 <= arch < 100 or (100 <= arch < 120 and K.x_bytes == 2))
+    return (stages - 1) * (x + w) + (x if read_from_there else 0)
 
 
 def shared_limit(arch: int) -> int:
@@ -88,7 +101,7 @@ def candidates(M: int, N: int, K: Steps, *, sms: int, arch: int) -> list[Tiles]:
     first = tiles(M, N, K, sms=sms, arch=arch)
     found = [first]
     for BN in (32, 64, 128):
-        for warps in (4, 8):
+        for warps in (2, 4, 8):
             for stages in (2, 3, 4, 5):
                 programs = -(-M // first.BM) * -(-N // BN)
                 base = _splits(programs, K.blocks, sms)

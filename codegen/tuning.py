@@ -29,7 +29,8 @@ Timer = Callable[[Callable[[], Tensor]], float]
 
 def steps(weight: KernelWeight) -> Steps:
     """The loop over K of a weight's kernel."""
-    return Steps(weight.blocks, weight.decoding.block, weight.decoding.format.bits)
+    made = weight.decoding
+    return Steps(weight.blocks, made.block, made.format.bits, 2 if made.target is None else 1)
 
 
 def key(M: int, weight: KernelWeight) -> str:
@@ -94,5 +95,9 @@ def _sound(value: Any) -> bool:
     if not all(type(v) is int for v in (BM, BN, splits, warps, stages)):
         return False
     return (
-        BM in (16, 32, 64, 128) and BN in (32, 64, 128) and 1 <= splits <= 1024 and warps in (4, 8) and 1 <= stages <= 5
+        BM in (16, 32, 64, 128)
+        and BN in (32, 64, 128)
+        and 1 <= splits <= 1024
+        and warps in (2, 4, 8)
+        and 1 <= stages <= 5
     )

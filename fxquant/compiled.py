@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fxquant import store
+from fxquant.codegen import launch
+from fxquant.codegen.fuse import fused
 from fxquant.config import Config
-from fxquant.program import Program, Progress, quiet
+from fxquant.program import Program, Progress, copied, quiet
+from fxquant.rewrite import fetch, get_attrs
 from fxquant.show import html, summary, text
 
 
 class CompiledModel:
     """A compiled model: call it as the model it was made from; save, export, inspect it.
 
-    ``program`` is the graph and its trace, ``config`` what it was compiled with.
+    ``program`` is the graph and its trace, ``config`` what it was compiled with. On a GPU calls run a form of the graph
+    in which linears have taken in what surrounds them (``codegen/fuse.py``); everything else is about ``program``.
     """
 
     def __init__(self, program: Program, config: Config) -> None:
         self.program = program
         self.config = config
+        on_gpu = any(fetch(program.gm, str(node.target)).is_cuda for node in get_attrs(program.gm.graph))
+        self._runs = fused(program) if on_gpu else program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, of the model's own type; of dicts, lists and tuples after ``load``. No gradients.
@@ -29,7 +36,19 @@ class CompiledModel:
         Raises InputError, naming the input, for what does not fit the signature.
         """
         with torch.no_grad():
-            return self.program(*args, **kwargs)
+            return self._runs(*args, **kwargs)
+
+    def to(self, device: str | torch.device) -> CompiledModel:
+        """A copy of the model on another device, ``"cuda"`` for one; inputs are to be there too. This one stays."""
+        return CompiledModel(copied(self.program, torch.device(device)), self.config)
+
+    def autotune(self, rows: Sequence[int] = (1,), *, progress: Progress = quiet) -> dict[str, Any]:
+        """Time the tiles of every packed linear on the GPU that the model is on, for so many rows of input.
+
+        The fastest are kept in the user's cache folder, and used from then on. Takes some seconds a shape, most of them
+        compilation. Returns what was chosen. Raises InputError where the model is not on a GPU that runs kernels.
+        """
+        return dict(launch.autotune(self._runs.gm, rows, progress=progress))
 
     def save(self, directory: str | Path, *, tokenizer: Any | None = None, overwrite: bool = False) -> None:
         """Write the folder ``directory``: graph.json, and model.safetensors with packed weights. Raises SaveError.

@@ -151,6 +151,11 @@ def linear_wq_fused(
     elif input_spec:
         x = fake_quantize_dynamic(x, input_spec, input_bias, shifted)
     y = linear_wq(x, packed, scale, zero_point, bias, spec, shape, tensor_scale, exponent_bias)
+    return finish(y, thin, wide, activation, residual)
+
+
+def finish(y: Tensor, thin: Tensor | None, wide: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """``activation(y + thin @ wide^T) + residual``, each part where there is one. ValueError for an activation."""
     if thin is not None and wide is not None:
         y = y + F.linear(thin, wide)
     if activation not in ACTIVATIONS:

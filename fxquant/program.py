@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxquant.graph import info, type_text
-from fxquant.rewrite import Declined, Log, Rewrite
+from fxquant.rewrite import Declined, Log, Rewrite, attach, fetch, get_attrs, identity
 from fxquant.signature import Signature
 
 
@@ -45,6 +45,27 @@ class Program:
         """Call the program as the model it was captured from."""
         outputs = self.gm(*self.signature.bind(args, kwargs))
         return self.signature.unflatten(outputs)
+
+
+def copied(program: Program, device: torch.device | None = None) -> Program:
+    """The program with a graph of its own. Its tensors are shared, or copies on ``device`` where that is given; then
+    tensors that the graph makes are made there too."""
+    graph, root = fx.Graph(), nn.Module()
+    placed: dict[tuple[object, ...], Tensor] = {}
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in program.gm.graph.nodes:
+        new = nodes[node] = graph.node_copy(node, nodes.__getitem__)
+        new.meta = dict(node.meta)
+        if device is not None:
+            new.args, new.kwargs = fx.node.map_aggregate(
+                (new.args, new.kwargs), lambda a: device if isinstance(a, torch.device) else a
+            )
+    for name in dict.fromkeys(str(node.target) for node in get_attrs(program.gm.graph)):
+        value = fetch(program.gm, name)
+        if device is not None:  # ties stay ties
+            value = placed.setdefault(identity(value), value.detach().to(device))
+        attach(root, name, value)
+    return Program(fx.GraphModule(root, graph), program.signature, list(program.trace))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 import fxquant
 from fxquant.codegen.fuse import FUSE_EPILOGUES, fused
 from fxquant.compiled import CompiledModel
+from fxquant.errors import InputError
 from fxquant.ops import operators as ops
 from fxquant.program import Stage, run
 from fxquant.rewrite import tensors
@@ -86,6 +89,37 @@ def test_the_program_stays_as_it_is_and_shares_its_tensors(x: Tensor) -> None:
     assert all(value is own[name] for name, value in shared.items())
 
 
+def test_a_copy_on_another_device_is_a_model_of_its_own(x: Tensor) -> None:
+    model = compiled(Block(), "W4A8-FP", x)
+    other = model.to("cpu")
+    own, copies = tensors(model.program.gm), tensors(other.program.gm)
+    assert torch.equal(other(x), model(x))
+    assert {name: value.dtype for name, value in copies.items()} == {k: own[k].dtype for k in copies}
+    meta = model.to("meta")
+    assert all(value.is_meta for value in tensors(meta.program.gm).values())
+    with pytest.raises(InputError, match="a weight is on cpu; tiles are timed on a GPU"):
+        model.autotune()
+
+
+class Ramp(nn.Module):
+    """Makes a tensor, on a device that the graph names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + torch.arange(64, device=x.device))
+
+
+def test_tensors_that_a_graph_makes_are_made_on_its_device(x: Tensor) -> None:
+    model = compiled(Ramp(), "W6A16-E3M2", x)
+    nodes = model.to("meta").program.gm.graph.nodes
+    devices = [node.kwargs["device"] for node in nodes if node.kwargs.get("device") is not None]
+    assert devices
+    assert set(devices) == {torch.device("meta")}
+
+
 def test_as_a_pass_it_is_recorded(x: Tensor) -> None:
     model = compiled(Block(), "W6A16-E3M2", x)
     want = model(x)
@@ -140,3 +174,17 @@ def test_opcheck_and_compile() -> None:
     assert torch.equal(torch.compile(f, backend="aot_eager", fullgraph=True)(arguments[0]), f(arguments[0]))
     with pytest.raises(ValueError, match="unknown activation 'tanh'; expected one of none, relu"):
         ops.linear_wq_fused(*arguments, activation="tanh")
+
+
+@pytest.mark.slow
+def test_aot_inductor_packages_a_fused_graph(tmp_path: Path) -> None:
+    """The operators stay opaque calls in the compiled library, which finds them once fxquant is imported."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 64)).eval()
+    x = torch.randn(3, 64)
+    made = fxquant.compile(model, (x,), "W4A8-FP", calibration=[(torch.randn(128, 64),) for _ in range(2)])
+    with torch.no_grad():
+        exported = torch.export.export(fused(made.program).gm, (x,), strict=False)
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        got = torch._inductor.aoti_load_package(package)(x)
+    assert torch.equal(got[0] if isinstance(got, (list, tuple)) else got, made(x))

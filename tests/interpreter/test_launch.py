@@ -61,18 +61,17 @@ def test_dense_is_the_weight_rounded_once(spec: str) -> None:
     assert torch.equal(run_dense(kernel, torch.float16, use_asm=False), w.half())
 
 
-@pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize("splits", [1, 2, 3])
-@pytest.mark.parametrize("spec", ["e3m2/channel", "e2m1/group32", "uint4/group48"])
+@pytest.mark.parametrize(("splits", "swap"), [(1, True), (3, False)])
+@pytest.mark.parametrize("spec", ["e3m2/channel", "uint4/group48"])
 def test_splits_and_swapped_operands_are_exact_on_integers(spec: str, splits: int, swap: bool) -> None:
     torch.manual_seed(0)
-    operands, _ = packed(torch.randn(37, 520), spec)
+    operands, _ = packed(torch.randn(37, 264), spec)
     powers = torch.exp2(torch.randint(-2, 3, operands.scale.shape).float())
     operands = dataclasses.replace(operands, scale=powers)
     kernel = prepare(operands)
     assert isinstance(kernel, KernelWeight)
-    w = fxquant.ops.dequantize_packed(operands.packed, powers, operands.zero_point, spec, [37, 520])
-    x = torch.randint(-4, 5, (19, 520)).half()
+    w = fxquant.ops.dequantize_packed(operands.packed, powers, operands.zero_point, spec, [37, 264])
+    x = torch.randint(-4, 5, (19, 264)).half()
     chosen = dataclasses.replace(SMALL, splits=splits, swap=swap)
     got = run_gemm(x, kernel, chosen, dtype=torch.float32, use_asm=False)
     assert torch.equal(got.double(), x.double() @ w.double().T)
