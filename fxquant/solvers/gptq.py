@@ -14,8 +14,10 @@ the released code: a column whose input was always zero is rounded to nearest in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +25,14 @@ from torch import Tensor
 from fxquant.errors import CalibrationError
 from fxquant.grids import FloatFormat, IntFormat
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
-from fxquant.scales import Clip, Scales, choose, dequantize, quantize, spread
+from fxquant.scales import Scales, choose, dequantize, quantize, spread
 from fxquant.scheme import QuantSpec
+
+Clip = Literal["absmax", "mse", "hessian"]
+"""How scales are chosen: as ``scales.choose`` does, or for the least ``sum (w_j - w'_j)^2 / U_jj^2``.
+
+1 / U_jj^2 is what of input j the inputs after it do not explain: GPTQ makes up for the rest of the error.
+"""
 
 MOST_DAMPING = 100.0
 """Damping at which a matrix that is still not positive definite is given up."""
@@ -97,11 +105,13 @@ def solve(
 
 def solve_together(
     weights: Sequence[Weight], H: Tensor, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 32,
-    clip: Clip = "absmax", drift: Tensor | None = None, held_out: Tensor | None = None,
+    clip: Clip = "absmax", drift: Tensor | None = None, drift_damping: float | None = None,
+    held_out: Tensor | None = None,
 ) -> list[Solution]:  # fmt: skip
     """``solve`` of several weights that have their inputs in common: one factor of H, and one loop over the columns.
 
     Rows do not depend on each other, so weights of the same spec and dtype are solved as the rows of one matrix.
+    ``drift_damping`` is the damping of the correction for ``drift``: ``damp_percent`` unless it is given.
     """
     for weight in weights:
         _check(weight.value, H, weight.name)
@@ -112,8 +122,7 @@ def solve_together(
     U, damping = inverse_factor(H[order][:, order], damp_percent, name=weights[0].name)
     wide = [w.value if w.value.dtype == torch.float64 else w.value.float() for w in weights]
     if drift is not None:
-        sizes = [len(value) for value in wide]
-        wide = list((torch.cat(wide) + correction(torch.cat(wide), drift, order, U)).split(sizes))
+        wide = targets(wide, H, drift, damping if drift_damping is None else drift_damping)
     found: dict[int, QuantizedTensor] = {}
     kinds = [(w.spec, v.dtype, w.scales is not None) for w, v in zip(weights, wide, strict=True)]
     for spec, dtype, given in dict.fromkeys(kinds):
@@ -135,6 +144,15 @@ def _judged(
         measured += [loss(W - q.dequantize(W.dtype), moments) / whole for q in (found, rtn)]
     solution = Solution(found, measured[0], measured[1], measured[-2], measured[-1], damping)
     return replace(solution, quantized=rtn) if solution.fell_back else solution
+
+
+def targets(values: Sequence[Tensor], H: Tensor, drift: Tensor | None, damp_percent: float) -> list[Tensor]:
+    """Weights ``[rows, cols]`` with what ``correction`` adds to them; no more than themselves for infinite damping."""
+    if drift is None or math.isinf(damp_percent):
+        return list(values)
+    U, tall = inverse_factor(H, damp_percent)[0], torch.cat(list(values))
+    moved = correction(tall, drift, torch.arange(len(H), device=H.device), U)
+    return list((tall + moved).split([len(value) for value in values]))
 
 
 def correction(W: Tensor, drift: Tensor, order: Tensor, U: Tensor) -> Tensor:
@@ -222,14 +240,16 @@ class _Problem:
         at = (self.order // wide).tolist()
         chosen: dict[int, list[Scales]] = {}
         if static:
-            chosen[0] = self.given or [choose(w, self.spec, clip=self.clip, name=self.name) for w in self.weights]
+            chosen[0] = self.given or self._choose(self.weights, slice(None))
         grids = self._spread(chosen[0]) if static else []
         nearest, transposed, pivots = _rounding(self.spec, columns.dtype), self.U.t().contiguous(), self.U.diagonal()
         divisors = pivots.tolist()
         for start, end in _blocks(cols, cols if static else wide, block_size):
             errors = torch.empty_like(columns[start:end])
             if not static and at[start] not in chosen:
-                chosen[at[start]] = self._choose(columns[start : start + wide])
+                group = slice(start, start + wide)
+                parts = columns[group].split([len(w) for w in self.weights], 1)
+                chosen[at[start]] = self._choose([part.t() for part in parts], group)
                 grids += self._spread(chosen[at[start]])
             for j in range(start, end):
                 w, done = columns[j], j - start
@@ -239,10 +259,13 @@ class _Problem:
             columns[end:].addmm_(transposed[end:, start:end], errors, alpha=-1)
         return self._quantized(columns, chosen)
 
-    def _choose(self, columns: Tensor) -> list[Scales]:
-        """The scales of one group, found on its updated columns."""
-        parts = columns.split([len(w) for w in self.weights], 1)
-        return [choose(part.t(), self.spec, clip=self.clip, name=self.name) for part in parts]
+    def _choose(self, weights: Sequence[Tensor], columns: slice) -> list[Scales]:
+        """Scales for some columns of all weights."""
+        if self.clip != "hessian":
+            return [choose(w, self.spec, clip=self.clip, name=self.name) for w in weights]
+        alone = torch.empty_like(self.U.diagonal())
+        alone[self.order] = self.U.diagonal().square().reciprocal()
+        return [choose(w, self.spec, clip="mse", name=self.name, column_weight=alone[columns]) for w in weights]
 
     def _spread(self, scales: list[Scales]) -> list[Scales]:
         """The scales of every group of columns, each spread over the rows of all weights: ``[rows, 1]``."""
