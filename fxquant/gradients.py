@@ -115,7 +115,7 @@ class _Float(fx.Interpreter):
         if n in self.weights:
             return self.weights[n]
         if not self.rounded and n.target in ROUNDINGS:
-            return self.env[n.args[0]]
+            return self.env[n.all_input_nodes[0]]
         value = super().run_node(n)
         if n in self.watched:
             value = value if value.requires_grad else value.detach().requires_grad_()

@@ -205,8 +205,10 @@ def _of_rows(outer: Tensor, high: int, rows: int) -> Tensor:
 
 
 # --- the least error --------------------------------------------------------------------------------------------------
-def _least_error(matrix: Tensor, spec: QuantSpec, candidates: Iterator[Scales], weight: Tensor | None = None) -> Scales:
-    """Block by block, the candidate with the least squared error; the first of equals."""
+def _least_error(
+    matrix: Tensor, spec: QuantSpec, candidates: Iterator[Scales], weight: Tensor | None = None
+) -> tuple[Scales, Tensor]:
+    """Block by block, the candidate with the least squared error, the first of equals; and these errors."""
     best = next(candidates)
     least = squared_error(matrix, best, spec, weight)
     for other in candidates:

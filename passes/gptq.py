@@ -20,7 +20,7 @@ from fxquant.qtensor import to_matrix
 from fxquant.rewrite import Log
 from fxquant.scales import Scales
 from fxquant.solvers.damping import Inputs, solve_damped
-from fxquant.solvers.gptq import Solution, Weight, solve_together
+from fxquant.solvers.gptq import Solution, Weight, codes_together, solve_together
 
 RULE = "gptq"
 
@@ -58,10 +58,10 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
         if good and seen.held_out:  # judged, so that what was held out can be used as well
             H, drift = seen.whole()
             kept = [_weight(gm, weight_of[each], final[each].scales if known else None) for each in good]
-            again = solve_together(
+            again, _, _ = codes_together(
                 kept, H, drift=drift, drift_damping=aimed, damp_percent=found[0].damping, **options
-            )  # fmt: skip
-            final.update((each, solution.quantized) for each, solution in zip(good, again, strict=True))
+            )
+            final.update(zip(good, again, strict=True))
         for each, solution in zip(same, found, strict=True):
             _accept(gm, each, weight_of[each], replace(solution, quantized=final[each]), log)
 

@@ -104,10 +104,9 @@ class Alternation:
         weights = [replace(w, value=value) for w, value in zip(self.weights, values, strict=True)]
         if like is not None:
             weights = [replace(w, scales=w.scales or q.scales) for w, q in zip(weights, like, strict=True)]
-        solved = gptq.solve_together(
+        return gptq.codes_together(
             weights, inputs.H, damp_percent=damping, drift=inputs.drift, drift_damping=aimed, clip=self.clip
-        )
-        return [s.quantized for s in solved]
+        )[0]
 
     def _rounds(self, inputs: Inputs, damping: float, aimed: float, most: int | None = None) -> Iterator[list[Step]]:
         """Codes and factors of every weight after each round."""

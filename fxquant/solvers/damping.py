@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxquant.solvers.gptq import Solution, Weight, loss, solve_together, targets
+from fxquant.solvers.gptq import Solution, Weight, codes_together, judged, loss, targets
 
 CODES = (0.03, 0.3)
 """Dampings of H for the codes; the first where nothing is held out."""
-TARGETS = (1.0, 0.1, 10.0, math.inf)
+TARGETS = (1.0, 0.1, math.inf)
 """Dampings of H for the target; the first where nothing is held out."""
 
 
@@ -48,7 +48,8 @@ def target_damping(values: Sequence[Tensor], inputs: Inputs, tries: Sequence[flo
     tall, errors = torch.cat(list(values)), []
     for damping in tries:
         (target,) = targets([tall], inputs.H, inputs.drift, damping)
-        errors.append(target_error(tall, target, inputs.held_out, inputs.held_drift))
+        same = math.isinf(damping)
+        errors.append(0.0 if same else target_error(tall, target, inputs.held_out, inputs.held_drift))
     return tries[errors.index(min(errors))]
 
 
@@ -61,31 +62,31 @@ def solve_damped(
     others.
     """
     wide = [w.value if w.value.dtype == torch.float64 else w.value.float() for w in weights]
-    aimed = target_damping(wide, inputs)
-    best: list[Solution] = []
-    least, given = math.inf, list(weights)
-    for damping in tries if inputs.held_out is not None else tries[:1]:
-        found = solve_together(
-            given, inputs.H, damp_percent=damping, drift=inputs.drift, drift_damping=aimed, held_out=inputs.held_out,
-            **options,
-        )  # fmt: skip
+    aimed, held = target_damping(wide, inputs), inputs.held_out
+    whole = [1.0 if held is None else loss(value, held) or 1.0 for value in wide]
+    best, least, given = None, math.inf, list(weights)
+    for damping in tries if held is not None else tries[:1]:
+        codes, aims, took = codes_together(
+            given, inputs.H, damp_percent=damping, drift=inputs.drift, drift_damping=aimed, **options
+        )
         error = 0.0
-        for i, (value, solution) in enumerate(zip(wide, found, strict=True)):
-            if inputs.held_out is not None:
-                restored = solution.quantized.dequantize(value.dtype)
-                error += target_error(value, restored, inputs.held_out, inputs.held_drift)
-            if options.get("act_order", True) and not solution.fell_back:
-                given[i] = replace(given[i], scales=solution.quantized.scales)
-        if not best or error < least:
-            best, least = found, error
-    return best, aimed
+        for value, q, size in zip(wide, codes, whole, strict=True):
+            if held is not None:
+                error += target_error(value, q.dequantize(value.dtype), held, inputs.held_drift) / size
+        if best is None or error < least:
+            best, least = (codes, aims, took), error
+        if options.get("act_order", True):
+            given = [replace(w, scales=q.scales) for w, q in zip(weights, codes, strict=True)]
+    assert best is not None
+    found = [judged(w, aim, q, inputs.H, held, best[2]) for w, q, aim in zip(weights, *best[:2], strict=True)]
+    return found, aimed
 
 
 def target_error(W: Tensor, restored: Tensor, H: Tensor, drift: Tensor | None = None) -> float:
-    """``||X restored^T - X_float W^T||^2 - ||(X_float - X) W^T||^2`` as a part of ``||X W^T||^2``.
+    """``2/n (||X restored^T - X_float W^T||^2 - ||(X_float - X) W^T||^2)``.
 
     What is subtracted does not depend on ``restored``, so the result may be negative.
     """
     dW = restored - W
     cross = 0.0 if drift is None else float(((W @ drift.to(W.dtype)) * dW).sum(dtype=torch.float64))
-    return (loss(dW, H) - 2 * cross) / (loss(W, H) or 1.0)
+    return loss(dW, H) - 2 * cross

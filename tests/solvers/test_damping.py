@@ -36,11 +36,11 @@ def test_the_error_is_that_of_the_outputs() -> None:
     restored = W + 0.1 * torch.randn(24, 48, generator=G)
     squares = (X @ restored.T - F @ W.T).square().sum() - ((F - X) @ W.T).square().sum()
     found = target_error(W, restored, 2 / 500 * X.T @ X, 2 / 500 * (F - X).T @ X)
-    assert found == pytest.approx(float(squares / (X @ W.T).square().sum()), rel=1e-3)
+    assert found == pytest.approx(float(2 / 500 * squares), rel=1e-3)
 
 
 def test_noise_is_damped_and_what_is_real_is_followed() -> None:
-    assert target_damping([W], known(60, noise=0.3)) > 1.0
+    assert math.isinf(target_damping([W], known(60, noise=0.3)))
     assert target_damping([W], known(4000, change=0.3)) == min(TARGETS)
     assert target_damping([W], Inputs(known(60).H)) == TARGETS[0]
 
