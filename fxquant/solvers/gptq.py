@@ -170,7 +170,8 @@ def targets(values: Sequence[Tensor], H: Tensor, drift: Tensor | None, damp_perc
     def divided(M: Tensor) -> Tensor:
         """M (R R^T)^-1."""
         half = torch.linalg.solve_triangular(R.t(), M, upper=False, left=False)
-        return torch.linalg.solve_triangular(R, half, upper=True, left=False)
+        whole: Tensor = torch.linalg.solve_triangular(R, half, upper=True, left=False)
+        return whole
 
     moved = tall @ divided(D) if len(tall) > len(R) else divided(tall @ D)  # the one with fewer operations
     return list((tall + moved).split([len(value) for value in values]))
