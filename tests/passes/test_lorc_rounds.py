@@ -108,5 +108,5 @@ def test_what_is_exact_stays_as_it_is() -> None:
 
 
 def test_too_little_data() -> None:
-    with pytest.raises(CalibrationError, match="too little calibration data for lorc with rounds: 16 rows .* 20 col"):
+    with pytest.raises(CalibrationError, match=r"too little calibration data for lorc with rounds: 16 rows .* 20 col"):
         build(mlp(), {"lorc": {"rank": 2, "rounds": 1}}, data=BATCHES[:1])
