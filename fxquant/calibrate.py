@@ -97,6 +97,11 @@ class Statistics:
         """2/n sum of (x_float - x) x^T over ``train``: how far x is from what the float model's layer is given."""
         return self._drift(self.train)
 
+    @cached_property
+    def held_out_drift(self) -> Tensor | None:
+        """The same over the batches of ``held_out``; None where there are none."""
+        return self._drift(self.held_out) if self.held_out else None
+
     def _drift(self, batches: Sequence[int]) -> Tensor | None:
         if self.float_inputs is None:
             return None
@@ -111,7 +116,7 @@ class Statistics:
         if self.held_out_hessian is None:
             return self.hessian, self.drift
         part = sum(len(x) for x in self.columns(self.held_out)) / max(self.rows, 1)
-        drift = self._drift(self.held_out)
+        drift = self.held_out_drift
         return self.hessian.lerp(self.held_out_hessian, part), None if self.drift is None or drift is None else (
             self.drift.lerp(drift, part)
         )

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 
 from fxquant.errors import near
 from fxquant.scheme import parse_spec
@@ -40,17 +40,27 @@ class CalibratedOptions(MethodOptions):
         return True
 
 
+def _fraction(value: float | Literal["auto"]) -> float | Literal["auto"]:
+    if value != "auto" and not 0 <= value <= 1:
+        raise ValueError("expected auto, or a number from 0 to 1")
+    return value
+
+
+Damping = Annotated[float | Literal["auto"], AfterValidator(_fraction)]
+
+
 class GptqOptions(CalibratedOptions):
-    """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal; ``clip``: how scales are chosen.
+    """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal, ``auto``: what is best on held-out data; ``clip``: how
+    scales are chosen.
 
     ``sequential``: a layer's inputs come from the layers before it as they were refined, else from the float weights.
     ``float_targets``: with sequential inputs, aim at the outputs that the float model's layer has on its own inputs.
     """
 
     act_order: StrictBool = True
-    damp_percent: float = Field(0.01, ge=0, le=1)
+    damp_percent: Damping = "auto"
     block_size: int = Field(32, ge=1)
-    clip: Literal["absmax", "mse"] = "absmax"
+    clip: Literal["absmax", "mse", "hessian"] = "hessian"
     sequential: StrictBool = True
     float_targets: StrictBool = False
 
@@ -134,7 +144,7 @@ class SearchFormatsOptions(PreShiftOptions):
     """LLM-FP4's search. ``steps`` clips over ``octaves`` below the largest magnitude, ``rounds`` of activation, weight.
 
     ``formats``: all float formats of as many bits, or the same. ``float_targets``: weights make up for the rounding of
-    activations by least squares.
+    activations by least squares. ``loss``: squared errors of outputs, all alike, or weighted by squared gradients.
     """
 
     rounds: int = Field(3, ge=1, le=100)
@@ -142,6 +152,7 @@ class SearchFormatsOptions(PreShiftOptions):
     octaves: float = Field(2.0, gt=0, le=16)
     formats: Literal["all", "same"] = "all"
     float_targets: StrictBool = False
+    loss: Literal["mse", "fisher"] = "mse"
 
 
 class FoldActivationScalesOptions(MethodOptions):
@@ -158,20 +169,22 @@ class LorcOptions(MethodOptions):
 
     ``none`` is the weight's own error, as the paper has it; ``act_rms`` weights columns by their inputs, ``hessian`` is
     the error of the output. ``damp_percent``, ``sequential`` and ``float_targets`` as for GPTQ.
+    ``rounds``: how often the codes are solved anew, around the factors, by GPTQ; 0: they stay as they are.
     """
 
     last = True
 
     rank: int = Field(8, ge=1)
+    rounds: int = Field(0, ge=0, le=100)
     factors: Literal["int8/channel", "e4m3/channel"] = "int8/channel"
     weighting: Literal["none", "act_rms", "hessian"] = "hessian"
-    damp_percent: float = Field(0.01, ge=0, le=1)
+    damp_percent: Damping = "auto"
     sequential: StrictBool = True
     float_targets: StrictBool = False
 
     @property
     def calibrated(self) -> bool:
-        return self.weighting != "none" or self.float_targets
+        return self.weighting != "none" or self.float_targets or self.rounds > 0
 
 
 class ZqLocalOptions(CalibratedOptions):

@@ -33,8 +33,13 @@ Ranges = tuple[Tensor, Tensor]
 """Minimum and maximum of every block."""
 CHUNK = 1 << 19
 """Elements that a pass over a matrix takes at a time, so that its intermediates stay in the cache."""
-CLIPS = tuple(2.0 ** (-i / 24) for i in range(37))
-"""Ranges that ``clip="mse"`` tries, as parts of the absolute maximum: 1 down to 2^-1.5."""
+CLIPS = tuple(2.0 ** (-i / 12) for i in (*range(19), -1, -2, -3))
+"""Ranges that ``clip="mse"`` tries, as parts of the absolute maximum: 1, down to 2^-1.5, and up to 2^(1/4).
+
+On a grid with uneven steps it can pay to leave the largest values unused.
+"""
+ROW_SCALES = tuple(2.0 ** (i / 16) for i in range(16))
+"""What M2 tries for the one real scale of a row, as multiples of the largest ideal scale of its groups: an octave."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,30 @@ class Scales:
 
 
 def choose(
-    matrix: Tensor, spec: QuantSpec, *, clip: Clip = "absmax", name: str = "tensor", ranges: Ranges | None = None
-) -> Scales:
+    matrix: Tensor, spec: QuantSpec, *, clip: Clip = "absmax", name: str = "tensor", ranges: Ranges | None = None,
+    column_weight: Tensor | None = None,
+) -> Scales:  # fmt: skip
     """Scales for every block of ``[rows, cols]`` floats.
 
-    ``absmax`` keeps the largest value of a block in range; ``mse`` tries smaller ranges (CLIPS) and keeps, block by
-    block, the one with the least squared error. ``ranges`` are the ``extremes`` of the blocks where they are known.
-    Raises WeightError where a scale overflows its storage.
+    ``absmax`` keeps the largest value of a block in range; ``mse`` tries other ranges too (CLIPS) and keeps, block by
+    block, the one with the least squared error, columns weighted by ``column_weight [cols]``. So do the ways to a power
+    of two that are called mse. ``ranges`` are the ``extremes`` of the blocks where they are known. Raises WeightError
+    where a scale overflows its storage.
     """
     low, high = ranges or extremes(matrix, spec.block(*matrix.shape))
-    if clip == "absmax":
-        return _stored(matrix, low, high, spec, name)
-    return _least_error(matrix, spec, (_stored(matrix, low, high, spec, name, part=c) for c in CLIPS))
+    searched = spec.kind.outer == "row" and spec.rounding == "mse"  # every group's whole octave already
+    if clip == "absmax" or searched:
+        return _stored(matrix, low, high, spec, name, weight=column_weight)
+    most = torch.finfo(spec.scale_dtype).max * spec.format.max / max(float(torch.maximum(-low, high).amax()), 1e-30)
+    parts = (c for c in CLIPS if c <= max(1.0, most))
+    tries = (_stored(matrix, low, high, spec, name, part=c, weight=column_weight) for c in parts)
+    return _least_error(matrix, spec, tries, column_weight)[0]
 
 
-def _stored(matrix: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, name: str, *, part: float = 1.0) -> Scales:
+def _stored(
+    matrix: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, name: str, *, part: float = 1.0,
+    weight: Tensor | None = None,
+) -> Scales:  # fmt: skip
     """Scales for ``part`` of the range ``low..high`` of every block, as they are stored."""
     if spec.has_zero_point:
         return _with_zero_point(part * low.clamp(max=0), part * high.clamp(min=0), spec, name)
@@ -76,9 +90,9 @@ def _stored(matrix: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, name: st
     if isinstance(spec.format, CodebookFormat) and spec.format.unit == "rms":
         ideal = part * _rms(matrix, spec.block(*matrix.shape))
     if spec.kind.outer == "row":
-        return _relative_powers(matrix, ideal, part, spec)
+        return _relative_powers(matrix, ideal, part, spec, weight)
     if spec.kind.roundings:
-        return _powers(matrix, absmax, ideal, spec)
+        return _powers(matrix, absmax, ideal, spec, weight)
     if spec.kind.format is None:
         return Scales(_where_positive(_cast(ideal, spec, name), ideal))
     grid = spec.kind.format
@@ -136,11 +150,11 @@ def power_of_two(exponent: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent.int().clamp(-127, 127)).to(dtype)
 
 
-def _powers(matrix: Tensor, absmax: Tensor, ideal: Tensor, spec: QuantSpec) -> Scales:
+def _powers(matrix: Tensor, absmax: Tensor, ideal: Tensor, spec: QuantSpec, weight: Tensor | None) -> Scales:
     if spec.rounding == "mse":
         low = _floor_log2(ideal)
         scales = (Scales(_or_zero_block(power_of_two(low + up), absmax, spec)) for up in (0, 1))
-        return _least_error(matrix, spec, scales)
+        return _least_error(matrix, spec, scales, weight)[0]
     if spec.scale == "e8m0" and spec.rounding in ("floor", "even"):
         top = int(torch.frexp(torch.tensor(spec.format.max, dtype=torch.float64)).exponent) - 1
         exponent = _floor_log2(absmax) - top
@@ -158,25 +172,47 @@ def _or_zero_block(scale: Tensor, absmax: Tensor, spec: QuantSpec) -> Tensor:
     return torch.where(absmax.isfinite(), scale, torch.full_like(scale, torch.nan))
 
 
-def _relative_powers(matrix: Tensor, ideal: Tensor, part: float, spec: QuantSpec) -> Scales:
-    """M2: powers of two below the largest ideal scale of the row, which is that of the whole range."""
+def _relative_powers(matrix: Tensor, ideal: Tensor, part: float, spec: QuantSpec, weight: Tensor | None) -> Scales:
+    """M2: powers of two below one real scale of the row, the largest ideal one (of the whole range) or an mse search's.
+
+    The search tries ROW_SCALES; for each the two powers of two around every group's ideal scale, and the row keeps the
+    one with the least error in all.
+    """
     largest = ideal.amax(dim=1, keepdim=True) / part
     outer = _where_positive(largest, largest).float()
-    ratio = torch.where(ideal > 0, outer / ideal, torch.ones_like(ideal))
-    outer = outer.repeat_interleave(spec.block(*matrix.shape)[0], dim=0)[: matrix.shape[0]]
-    if spec.rounding == "mse":
-        low = _floor_log2(ratio)
-        return _least_error(matrix, spec, (Scales(power_of_two(-(low + up)), tensor_scale=outer) for up in (0, 1)))
-    return Scales(power_of_two(-_LOG2[spec.rounding](ratio)), tensor_scale=outer)
+    high = spec.block(*matrix.shape)[0]
+    if spec.rounding != "mse":
+        ratio = torch.where(ideal > 0, outer / ideal, torch.ones_like(ideal))
+        return Scales(power_of_two(-_LOG2[spec.rounding](ratio)), tensor_scale=_of_rows(outer, high, len(matrix)))
+    best, least = outer, torch.full_like(outer, torch.inf)
+    powers = torch.ones_like(ideal, dtype=torch.float32)
+    for step in ROW_SCALES if ideal.shape[1] > 1 else (1.0,):
+        real = (outer * step).clamp(max=torch.finfo(torch.float32).max)
+        low = _floor_log2(torch.where(ideal > 0, real / ideal, torch.ones_like(ideal)))
+        tall = _of_rows(real, high, len(matrix))
+        tries = (Scales(power_of_two(-(low + up)), tensor_scale=tall) for up in (0, 1))
+        found, errors = _least_error(matrix, spec, tries, weight)
+        error = errors.sum(1, keepdim=True)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, real, best)
+        powers = torch.where(better, found.scale, powers)
+    return Scales(powers, tensor_scale=_of_rows(best, high, len(matrix)))
+
+
+def _of_rows(outer: Tensor, high: int, rows: int) -> Tensor:
+    """One scale for every row of a matrix, from one for every ``high`` of them."""
+    return outer.repeat_interleave(high, dim=0)[:rows]
 
 
 # --- the least error --------------------------------------------------------------------------------------------------
-def _least_error(matrix: Tensor, spec: QuantSpec, candidates: Iterator[Scales]) -> Scales:
-    """Block by block, the candidate with the least squared error; the first of equals."""
+def _least_error(
+    matrix: Tensor, spec: QuantSpec, candidates: Iterator[Scales], weight: Tensor | None = None
+) -> tuple[Scales, Tensor]:
+    """Block by block, the candidate with the least squared error, the first of equals; and these errors."""
     best = next(candidates)
-    least = squared_error(matrix, best, spec)
+    least = squared_error(matrix, best, spec, weight)
     for other in candidates:
-        error = squared_error(matrix, other, spec)
+        error = squared_error(matrix, other, spec, weight)
         better = error < least
         least = torch.where(better, error, least)
         scale = torch.where(better, other.scale, best.scale)
@@ -184,17 +220,20 @@ def _least_error(matrix: Tensor, spec: QuantSpec, candidates: Iterator[Scales]) 
         if best.zero_point is not None and other.zero_point is not None:
             zero = torch.where(better, other.zero_point, best.zero_point)
         best = Scales(scale, zero, best.tensor_scale)
-    return best
+    return best, least
 
 
-def squared_error(matrix: Tensor, scales: Scales, spec: QuantSpec) -> Tensor:
-    """``sum (W - W')^2`` of every block."""
+def squared_error(matrix: Tensor, scales: Scales, spec: QuantSpec, weight: Tensor | None = None) -> Tensor:
+    """``sum weight_j (W_ij - W'_ij)^2`` of every block; ``weight [cols]`` is 1 where it is not given."""
     high = spec.block(*matrix.shape)[0]
     sums = []
     for _, part, own in chunks(matrix, scales, high):
         x = part if part.dtype == torch.float64 else part.float()
         restored = dequantize(quantize(x, own, spec), own, spec, x.dtype)
-        sums.append(block_reduce((x - restored).square(), spec.block(*x.shape), "sum"))
+        squares = (x - restored).square_()
+        if weight is not None:
+            squares.mul_(weight.to(x.dtype))
+        sums.append(block_reduce(squares, spec.block(*x.shape), "sum"))
     return torch.cat(sums)
 
 

@@ -18,18 +18,21 @@ from fxquant.program import Pass, Program, quiet
 from fxquant.qdq import float_weight, quant_of, quantized_of, replace_weight
 from fxquant.qtensor import to_matrix
 from fxquant.rewrite import Log
-from fxquant.solvers.gptq import Solution, Weight, solve_together
+from fxquant.scales import Scales
+from fxquant.solvers.damping import Inputs, solve_damped
+from fxquant.solvers.gptq import Solution, Weight, codes_together, solve_together
 
 RULE = "gptq"
 
 
 def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``progress``, ``sequential``,
-    ``float_targets``, and options of ``solvers.gptq.solve_together``: ``act_order``, ``damp_percent``, ``block_size``,
-    ``clip``.
+    ``float_targets``, ``damp_percent`` (a number or auto), and options of ``solvers.gptq.solve_together``:
+    ``act_order``, ``block_size``, ``clip``.
     """
     gm, log = program.gm, Log()
-    options = {k: settings[k] for k in ("act_order", "damp_percent", "block_size", "clip") if k in settings}
+    options = {k: settings[k] for k in ("act_order", "block_size", "clip") if k in settings}
+    damp, known = settings.get("damp_percent", "auto"), options.get("act_order", True)
     weight_of, declined = solvable_layers(gm)
     for layer, reason in declined:
         log.declined(RULE, layer, f"{reason}; it stays round-to-nearest")
@@ -48,16 +51,17 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
                 short.append((seen.rows, cols))
                 log.declined(RULE, each, f"too little data: {seen.rows} rows of input for a weight of {cols} columns")
             return
-        found = solve_together(
-            [_weight(gm, weight_of[each]) for each in same], seen.hessian, drift=seen.drift,
-            held_out=seen.held_out_hessian, **options,
-        )  # fmt: skip
+        inputs = Inputs(seen.hessian, seen.drift, seen.held_out_hessian, seen.held_out_drift)
+        found, aimed = _solved([_weight(gm, weight_of[each]) for each in same], inputs, damp, options)
         good = [each for each, solution in zip(same, found, strict=True) if not solution.fell_back]
         final = {each: solution.quantized for each, solution in zip(same, found, strict=True)}
         if good and seen.held_out:  # judged, so that what was held out can be used as well
             H, drift = seen.whole()
-            again = solve_together([_weight(gm, weight_of[each]) for each in good], H, drift=drift, **options)
-            final.update((each, solution.quantized) for each, solution in zip(good, again, strict=True))
+            kept = [_weight(gm, weight_of[each], final[each].scales if known else None) for each in good]
+            again, _, _ = codes_together(
+                kept, H, drift=drift, drift_damping=aimed, damp_percent=found[0].damping, **options
+            )
+            final.update(zip(good, again, strict=True))
         for each, solution in zip(same, found, strict=True):
             _accept(gm, each, weight_of[each], replace(solution, quantized=final[each]), log)
 
@@ -75,10 +79,22 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
     return log
 
 
-def _weight(gm: fx.GraphModule, node: fx.Node) -> Weight:
-    """The layer's weight; where its clipping was searched for, with the scales that were found."""
+def _solved(
+    weights: list[Weight], inputs: Inputs, damp: float | str, options: dict[str, Any]
+) -> tuple[list[Solution], float]:
+    """The codes, and the damping of what was aimed at."""
+    if isinstance(damp, str):
+        return solve_damped(weights, inputs, **options)
+    return solve_together(
+        weights, inputs.H, drift=inputs.drift, held_out=inputs.held_out, damp_percent=damp, **options
+    ), damp  # fmt: skip
+
+
+def _weight(gm: fx.GraphModule, node: fx.Node, scales: Scales | None = None) -> Weight:
+    """The layer's weight, with ``scales`` if they are known; they are where its clipping was searched for."""
     quant = quant_of(node)
-    scales = quantized_of(gm, node).scales if quant.method == "search_formats" else None
+    if quant.method == "search_formats":
+        scales = quantized_of(gm, node).scales
     return Weight(to_matrix(float_weight(gm, node), quant.spec), quant.spec, quant.weight, scales)
 
 

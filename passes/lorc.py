@@ -10,21 +10,24 @@ layer: what later layers are given has the compensation of those before.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant.calibrate import Statistics, Weights, error_change, solvable_layers, walk
+from fxquant.calibrate import Statistics, Weights, error_change, shared_input, solvable_layers, walk
 from fxquant.errors import CalibrationError
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, info, set_info, tensor_type
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import PARTS, float_weight, quant_of, replace_weight
+from fxquant.qdq import PARTS, float_weight, quant_of, quantized_matrix, quantized_of, replace_weight
 from fxquant.qtensor import quantize_tensor, to_matrix
 from fxquant.rewrite import Log, Rewrite, aten, attach, detach, fetch, free_name, get_attr, move_name, remove_unused
 from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.solvers.alternate import Alternation, Pair
+from fxquant.solvers.damping import Inputs, target_damping
+from fxquant.solvers.gptq import Weight
 from fxquant.solvers.lorc import Solution, solve
 
 RULE = "lorc"
@@ -42,51 +45,127 @@ class _Branch:
 
 
 def lorc(program: Program, settings: Mapping[str, Any]) -> Log:
-    """``settings``: ``rank``, ``factors`` (a spec), ``weighting``, ``damp_percent``, ``sequential``, ``float_targets``,
-    ``calibration`` (batches; unused without weighting and float targets), ``progress``.
+    """``settings``: ``rank``, ``factors`` (a spec), ``weighting``, ``rounds``, ``damp_percent``, ``sequential``,
+    ``float_targets``, ``calibration`` (batches; unused without weighting, rounds and float targets), ``progress``.
     """
     gm, log = program.gm, Log()
-    rank, spec = settings["rank"], parse_spec(settings["factors"])
-    branches = {layer: _insert(gm, layer, weight, rank, spec) for layer, weight in _layers(gm, rank, log).items()}
-    dropped: list[_Branch] = []
-    short: list[str] = []
-
-    def reached(layer: fx.Node, seen: Statistics | None) -> None:
-        branch = branches[layer]
-        value = float_weight(gm, branch.weight)
-        given = (
-            {} if seen is None else {"moments": seen.hessian, "drift": seen.drift, "held_out": seen.held_out_hessian}
-        )
-        if seen is not None and settings["weighting"] == "hessian" and seen.rows < value.shape[1]:
-            short.append(f"{seen.rows} rows of input for a weight of {value.shape[1]} columns")
-            log.declined(RULE, branch.add, f"too little data: {short[-1]}")
-            dropped.append(branch)
-            return
-        found = solve(
-            value, _restored(gm, branch.weight), spec, rank=rank, weighting=settings["weighting"],
-            damp_percent=settings["damp_percent"], **given,
-        )  # fmt: skip
-        if found.useless:
-            log.declined(RULE, branch.add, f"factors would not bring it closer: {_change(found, seen is not None)}")
-            dropped.append(branch)
-            return
-        _fill(gm, branch, found)
-        log.rewrote(RULE, branch.add, f"rank {rank}, {spec}, {_change(found, seen is not None)}")
-
-    if settings["weighting"] == "none" and not settings["float_targets"]:
+    rank, spec, rounds = settings["rank"], parse_spec(settings["factors"]), settings.get("rounds", 0)
+    weight_of, takes = _layers(gm, rank, log)
+    branches = {layer: _insert(gm, layer, weight_of[layer], rank, spec) for layer in takes}
+    run = _Run(gm, settings, spec, weight_of, branches, log)
+    if rounds:
+        log.rewrites.insert(0, _walk(gm, settings, list(weight_of), run.alternate))
+    elif settings["weighting"] == "none" and not settings["float_targets"]:
         for layer in branches:
-            reached(layer, None)
+            run.compensate(layer, None)
     else:
-        log.rewrites.insert(0, _walk(gm, settings, list(branches), reached))
-    for branch in dropped:
+        log.rewrites.insert(0, _walk(gm, settings, list(branches), run.compensate))
+    for branch in run.dropped:
         _remove(gm, branch)
     remove_unused(gm.graph)
-    if short and len(short) == len(branches):
+    if run.short and len(run.short) == len(weight_of if rounds else branches):
         raise CalibrationError(
-            f"too little calibration data for lorc with weighting hessian: {short[0]}; give more, or take weighting "
-            f"act_rms or none"
+            f"too little calibration data for lorc with {'rounds' if rounds else 'weighting hessian'}: {run.short[0]}; "
+            f"give more, or take {'rounds 0 and ' if rounds else ''}weighting act_rms or none"
         )
     return log
+
+
+@dataclass
+class _Run:
+    """What is done when the walk reaches a layer. ``dropped``: branches to remove; ``short``: layers without data."""
+
+    gm: fx.GraphModule
+    settings: Mapping[str, Any]
+    spec: QuantSpec
+    weight_of: Mapping[fx.Node, fx.Node]
+    branches: Mapping[fx.Node, _Branch]
+    log: Log
+    dropped: list[_Branch] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
+    done: set[fx.Node] = field(default_factory=set)
+
+    def compensate(self, layer: fx.Node, seen: Statistics | None) -> None:
+        """Factors for the codes that the layer has."""
+        branch, settings = self.branches[layer], self.settings
+        value = float_weight(self.gm, branch.weight)
+        given: dict[str, Any] = {}
+        if seen is not None:
+            inputs = Inputs(seen.hessian, seen.drift, seen.held_out_hessian, seen.held_out_drift)
+            given = {"moments": inputs.H, "drift": inputs.drift, "held_out": inputs.held_out}
+            if settings["damp_percent"] == "auto":
+                given["drift_damping"] = target_damping([value], inputs)
+            else:
+                given["damp_percent"] = settings["damp_percent"]
+        if seen is not None and settings["weighting"] == "hessian" and self._too_little(layer, seen):
+            return
+        found = solve(
+            value, _restored(self.gm, branch.weight), self.spec, rank=settings["rank"],
+            weighting=settings["weighting"], **given,
+        )  # fmt: skip
+        change = _change(found, seen is not None)
+        if found.useless:
+            self._drop(layer, f"factors would not bring it closer: {change}")
+            return
+        _fill(self.gm, branch, found)
+        self.log.rewrote(RULE, branch.add, f"rank {settings['rank']}, {self.spec}, {change}")
+
+    def alternate(self, layer: fx.Node, seen: Statistics) -> None:
+        """Codes and factors of the layer and of those after it that have the same input."""
+        if layer in self.done:
+            return
+        same = [other for other in self.weight_of if shared_input(other) == shared_input(layer)]
+        self.done.update(same)
+        short = [self._too_little(each, seen) for each in same]
+        if any(short):
+            return
+        gm, nodes, settings = self.gm, [self.weight_of[each] for each in same], self.settings
+        problem = Alternation(
+            [_weight(gm, node) for node in nodes],
+            [quantized_matrix(gm, node).dequantize() for node in nodes],
+            [settings["rank"] if each in self.branches else 0 for each in same],
+            self.spec,
+            settings["rounds"],
+            settings["weighting"],
+            settings["damp_percent"],
+        )
+        inputs = Inputs(seen.hessian, seen.drift, seen.held_out_hessian, seen.held_out_drift)
+        found = problem.solve(inputs, Inputs(*seen.whole()) if seen.held_out else None)
+        for each, pair in zip(same, found, strict=True):
+            self._accept(each, pair)
+
+    def _accept(self, layer: fx.Node, pair: Pair) -> None:
+        node = self.weight_of[layer]
+        (a, b), (c, d), (e, f) = pair.before, pair.alone, pair.after
+        change = f"output error {error_change(a, e, b, f)}; GPTQ alone {error_change(a, c, b, d)}"
+        if pair.quantized is not None:
+            replace_weight(self.gm, node, replace(pair.quantized, shape=tuple(float_weight(self.gm, node).shape)), RULE)
+        if pair.factors is not None:
+            _fill(self.gm, self.branches[layer], pair.factors)
+            detail = f"round {pair.round}, rank {self.settings['rank']}, {self.spec}, {change}"
+            self.log.rewrote(RULE, self.branches[layer].add, detail)
+            return
+        if layer in self.branches:
+            self._drop(layer, f"factors would not bring it closer: {change}")
+        if pair.quantized is not None:
+            self.log.rewrote(RULE, layer, f"codes alone, {change}")
+
+    def _too_little(self, layer: fx.Node, seen: Statistics) -> bool:
+        cols = quantized_matrix(self.gm, self.weight_of[layer]).shape[1]
+        if seen.rows >= cols:
+            return False
+        self.short.append(f"{seen.rows} rows of input for a weight of {cols} columns")
+        reason = f"too little data: {self.short[-1]}"
+        if layer in self.branches:
+            self._drop(layer, reason)
+        else:
+            self.log.declined(RULE, layer, reason)
+        return True
+
+    def _drop(self, layer: fx.Node, reason: str) -> None:
+        branch = self.branches[layer]
+        self.log.declined(RULE, branch.add, reason)
+        self.dropped.append(branch)
 
 
 def _walk(gm: fx.GraphModule, settings: Mapping[str, Any], layers: list[fx.Node], reached: Any) -> Rewrite:
@@ -97,21 +176,32 @@ def _walk(gm: fx.GraphModule, settings: Mapping[str, Any], layers: list[fx.Node]
     return usage.rewrite(len(batches))
 
 
-def _layers(gm: fx.GraphModule, rank: int, log: Log) -> dict[fx.Node, fx.Node]:
-    """The linears to compensate, each with the dequantize node of its weight; other layers are declined."""
+def _layers(gm: fx.GraphModule, rank: int, log: Log) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
+    """The layers with weights of their own, each with the node that dequantizes its weight, and which take factors.
+
+    Layers that do not are declined.
+    """
     found, declined = solvable_layers(gm)
     for layer, reason in declined:
         log.declined(RULE, layer, f"{reason}; the factors are for linears of their own")
-    for layer, weight in list(found.items()):
+    takes = []
+    for layer, weight in found.items():
         rows, cols = to_matrix(float_weight(gm, weight), quant_of(weight).spec).shape
         if layer.target is not aten.linear.default:
             log.declined(RULE, layer, "it is a convolution; the factors are for linears of their own")
-            del found[layer]
         elif rank > min(rows, cols):
             most = min(rows, cols)
             log.declined(RULE, layer, f"rank {rank} is more than its {rows}x{cols} weight has; give at most {most}")
-            del found[layer]
-    return found
+        else:
+            takes.append(layer)
+    return found, takes
+
+
+def _weight(gm: fx.GraphModule, node: fx.Node) -> Weight:
+    """The layer's weight; where its clipping was searched for, with the scales that were found."""
+    quant = quant_of(node)
+    scales = quantized_of(gm, node).scales if quant.method == "search_formats" else None
+    return Weight(to_matrix(float_weight(gm, node), quant.spec), quant.spec, quant.weight, scales)
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 The activation ``fake_quantize(x, scale)`` and the weights ``dequantize(codes, scale)`` of the linears that read it are
 searched in turn, in rounds: each time the one is looked for that keeps the layers' outputs best under the other. A
 pre-shifted activation gets its shifts anew for every candidate. Operands of attention's products are searched one by
-one, for the least error of their own. LLM-FP4 (2310.16836), sections 3.2 and 4.
+one, for the least error of their own. With the loss "fisher" errors of outputs cost what their gradients say, from one
+backward pass over the data. LLM-FP4 (2310.16836), sections 3.2 and 4.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from fxquant.calibrate import Statistics, walk, why_not
 from fxquant.formats import Format
+from fxquant.gradients import Importance, output_importance
 from fxquant.grids import FloatFormat
 from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
@@ -28,14 +31,17 @@ from fxquant.qtensor import QuantizedTensor, fake_quantize, to_matrix
 from fxquant.rewrite import Log, aten, fetch
 from fxquant.scales import Scales
 from fxquant.scheme import QuantSpec
-from fxquant.solvers.gptq import correction, inverse_factor
+from fxquant.solvers.gptq import targets
 from fxquant.solvers.search import (
     Activation,
+    Fisher,
     channel_bias,
     formats_of,
+    output_error,
     search_activation,
     search_weight,
     shift_limit,
+    weighted,
 )
 
 RULE = "search_formats"
@@ -56,20 +62,25 @@ class Group:
 
 def search_formats(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``calibration``, ``progress``, ``rounds``, ``steps``, ``octaves``, ``formats`` ("all" of the same
-    bits, or "same"), ``max_shift``, ``float_targets``."""
+    bits, or "same"), ``max_shift``, ``float_targets``, ``loss`` ("mse" or "fisher")."""
     gm, log = program.gm, Log()
     groups = {group.rounding or group.layers[0]: group for group in _groups(gm, log)}
-
+    progress = settings.get("progress", quiet)
+    costs: dict[fx.Node, Importance] = {}
+    if settings.get("loss", "mse") == "fisher":
+        layers = [layer for group in groups.values() for layer in group.layers]
+        costs = output_importance(gm, layers, settings["calibration"], progress=progress, what=RULE)
     operands = {n for n in gm.graph.nodes if n.target in ROUNDINGS and n not in groups and not _reads_weights(n)}
 
     def reached(node: fx.Node, seen: Statistics) -> None:
         if node in operands:
             _search_operand(gm, node, seen, settings, log)
         else:
-            _search(gm, groups[node], seen, settings, log)
+            own = groups[node]
+            _search(gm, own, seen, [costs[layer] for layer in own.layers if layer in costs], settings, log)
 
     walk(gm, settings["calibration"], [*groups, *operands], reached, weights="float",
-         progress=settings.get("progress", quiet), what=RULE)  # fmt: skip
+         progress=progress, what=RULE)  # fmt: skip
     return log
 
 
@@ -95,28 +106,36 @@ def _groups(gm: fx.GraphModule, log: Log) -> list[Group]:
     ]
 
 
-def _search(gm: fx.GraphModule, group: Group, seen: Statistics, settings: Mapping[str, Any], log: Log) -> None:
+def _search(
+    gm: fx.GraphModule, group: Group, seen: Statistics, costs: Sequence[Importance], settings: Mapping[str, Any],
+    log: Log,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     W = [to_matrix(float_weight(gm, w), quant_of(w).spec).float() for w in group.weights]
     found = [quantized_matrix(gm, w) for w in group.weights]
     cols = W[0].shape[1]
-    rows = _rows(seen, max(4 * SAMPLE, 2 * cols))
-    few = rows[:: max(len(rows) // SAMPLE, 1)]
+    every = max(seen.rows // max(4 * SAMPLE, 2 * cols), 1)
+    rows = torch.cat([x[::every] for x in seen.columns()])
+    again = max(len(rows) // SAMPLE, 1)
+    few, fisher = rows[::again], _fisher(costs, every)
+    less = None if fisher is None else fisher.sample(again)
     rounding = _Rounding(gm, group.rounding, seen.absmax, settings)
-    before = [_error(rounding(few), q, few, w) for q, w in zip(found, W, strict=True)]
+    before = [_error(rounding(few), q, few, w, less, at) for q, w, at in zip(found, W, _places(W), strict=True)]
     start = rounding.state
     for round_ in range(settings.get("rounds", 3)):
-        rounding.search(few, torch.cat([q.dequantize() for q in found]), generator, again=round_ > 0)
+        rounding.search(few, torch.cat([q.dequantize() for q in found]), generator, less, again=round_ > 0)
         given = rounding(rows)
-        H = 2 / len(rows) * given.t() @ given
-        targets = _targets(W, rows, given, H) if settings.get("float_targets", False) else W
-        for i, (target, node) in enumerate(zip(targets, group.weights, strict=True)):
+        costly = given if fisher is None else given * fisher.tokens[:, None]
+        H = 2 / len(rows) * costly.t() @ given
+        aims = _targets(W, rows, given, costly, H) if settings.get("float_targets", False) else W
+        for i, (target, node, at) in enumerate(zip(aims, group.weights, _places(W), strict=True)):
             spec = quant_of(node).spec
             found[i], _ = search_weight(
                 target, H, spec, _candidates(spec, settings), steps=settings.get("steps", 100),
                 octaves=settings.get("octaves", 2.0), generator=generator,
+                row_weight=None if fisher is None else fisher.channels[at],
             )  # fmt: skip
-    after = [_error(rounding(few), q, few, w) for q, w in zip(found, W, strict=True)]
+    after = [_error(rounding(few), q, few, w, less, at) for q, w, at in zip(found, W, _places(W), strict=True)]
     if not sum(after) < sum(before):
         rounding.state = start
         for layer in group.layers:
@@ -164,7 +183,9 @@ class _Rounding:
         given = Scales(self.state.scale) if self.state.spec.static else None
         return fake_quantize(x, self.state.spec, given, self.state.exponent_bias)
 
-    def search(self, x: Tensor, W: Tensor, generator: torch.Generator, *, again: bool) -> None:
+    def search(
+        self, x: Tensor, W: Tensor, generator: torch.Generator, fisher: Fisher | None = None, *, again: bool
+    ) -> None:
         if self.state is None:
             return
         spec, shift = self.state.spec, self.state.exponent_bias is not None
@@ -173,14 +194,15 @@ class _Rounding:
             self.state = search_activation(
                 x, W, self.absmax, spec, formats, shift=shift, limit=self.settings.get("max_shift"),
                 steps=self.settings.get("steps", 100), octaves=self.settings.get("octaves", 2.0),
-                near=self.state.step if again else None, generator=generator,
+                near=self.state.step if again else None, fisher=fisher, generator=generator,
             )  # fmt: skip
             return
         trials = [self._dynamic(replace(spec, format=format), shift) for format in formats]
-        whole = float((x @ W.t()).square().sum()) or 1.0
+        view = weighted(W, fisher).t()
+        whole = output_error(x, view, fisher) or 1.0
         for trial in trials:
             rounded = fake_quantize(x, trial.spec, None, trial.exponent_bias)
-            loss = float(((rounded - x) @ W.t()).square().sum()) / whole
+            loss = output_error(rounded - x, view, fisher) / whole
             if trial is trials[0] or loss < self.state.loss:
                 self.state = replace(trial, loss=loss)
 
@@ -216,23 +238,34 @@ def _candidates(spec: QuantSpec, settings: Mapping[str, Any]) -> Sequence[Format
     return [own, *(format for format in formats_of(own.bits) if format != own)]
 
 
-def _rows(seen: Statistics, count: int) -> Tensor:
-    """About ``count`` rows, evenly out of all batches."""
-    step = max(seen.rows // count, 1)
-    return torch.cat([x[::step] for x in seen.columns()])
+def _fisher(costs: Sequence[Importance], every: int) -> Fisher | None:
+    """What errors of the outputs of all layers of a group cost, of every ``every``-th row of each batch."""
+    if not costs:
+        return None
+    tokens = [sum(parts[1:], parts[0])[::every] for parts in zip(*(c.tokens for c in costs), strict=True)]
+    return Fisher.of(torch.cat(tokens), torch.cat([c.channels for c in costs]))
 
 
-def _targets(W: list[Tensor], x: Tensor, given: Tensor, H: Tensor) -> list[Tensor]:
+def _places(W: Sequence[Tensor]) -> list[slice]:
+    """Where the rows of each weight are among those of all."""
+    ends = list(accumulate(len(w) for w in W))
+    return [slice(end - len(w), end) for end, w in zip(ends, W, strict=True)]
+
+
+def _targets(W: list[Tensor], x: Tensor, given: Tensor, costly: Tensor, H: Tensor) -> list[Tensor]:
     """Weights whose outputs on the rounded inputs come nearest to W's on the float ones."""
-    U, _ = inverse_factor(H, 0.01)
-    drift, order = 2 / len(x) * (x - given).t() @ given, torch.arange(len(H))
-    return [w + correction(w, drift, order, U) for w in W]
+    drift = 2 / len(x) * (x - given).t() @ costly
+    return targets(W, H, drift, 0.01)
 
 
-def _error(given: Tensor, q: QuantizedTensor, x: Tensor, W: Tensor) -> float:
-    """||X' W'^T - X W^T||^2 / ||X W^T||^2."""
+def _error(given: Tensor, q: QuantizedTensor, x: Tensor, W: Tensor, fisher: Fisher | None, at: slice) -> float:
+    """||X' W'^T - X W^T||^2 / ||X W^T||^2; with ``fisher`` of what errors cost, ``at`` its channels."""
     want = F.linear(x, W)
-    return float((F.linear(given, q.dequantize()) - want).square().sum()) / (float(want.square().sum()) or 1.0)
+    squares = torch.stack([(F.linear(given, q.dequantize()) - want).square(), want.square()])
+    if fisher is not None:
+        squares = squares * fisher.tokens[:, None] * fisher.channels[at]
+    error, whole = squares.sum((1, 2)).tolist()
+    return float(error / (whole or 1.0))
 
 
 SEARCH_FORMATS = Pass(

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 CORE = (
     "errors", "cache", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts",
     "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature", "program",
-    "ops", "qdq", "producers", "calibrate", "blocks", "verify", "eager", "sizes", "symbolic", "flatten", "capture",
+    "ops", "qdq", "producers", "calibrate", "gradients", "blocks", "verify", "eager", "sizes", "symbolic", "flatten",
+    "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),

@@ -83,7 +83,10 @@ def test_the_recipes_of_zeroquant() -> None:
         ({**SHORT, "passes": ["gtpq"]}, "unknown pass 'gtpq' .did you mean 'gptq'"),
         ({**SHORT, "passes": [{"smoth": {"alpha": 0.8}}]}, "unknown pass 'smoth' .did you mean 'smooth'"),
         ({**SHORT, "passes": [{"gptq": {"act_ordr": True}}]}, "unknown option 'act_ordr' .did you mean 'act_order'"),
-        ({**SHORT, "passes": [{"gptq": {"damp_percent": -1}}]}, "damp_percent=-1: .*greater than or equal to 0"),
+        (
+            {**SHORT, "passes": [{"gptq": {"damp_percent": -1}}]},
+            "damp_percent=-1: .*expected auto, or a number from 0 to 1",
+        ),
         ({**SHORT, "passes": [{"gptq": {"act_order": "no"}}]}, "act_order='no'"),
     ],
 )

@@ -14,8 +14,10 @@ the released code: a column whose input was always zero is rounded to nearest in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,8 +25,14 @@ from torch import Tensor
 from fxquant.errors import CalibrationError
 from fxquant.grids import FloatFormat, IntFormat
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
-from fxquant.scales import Clip, Scales, choose, dequantize, quantize, spread
+from fxquant.scales import Scales, choose, dequantize, quantize, spread
 from fxquant.scheme import QuantSpec
+
+Clip = Literal["absmax", "mse", "hessian"]
+"""How scales are chosen: as ``scales.choose`` does, or for the least ``sum (w_j - w'_j)^2 / U_jj^2``.
+
+1 / U_jj^2 is what of input j the inputs after it do not explain: GPTQ makes up for the rest of the error.
+"""
 
 MOST_DAMPING = 100.0
 """Damping at which a matrix that is still not positive definite is given up."""
@@ -97,23 +105,34 @@ def solve(
 
 def solve_together(
     weights: Sequence[Weight], H: Tensor, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 32,
-    clip: Clip = "absmax", drift: Tensor | None = None, held_out: Tensor | None = None,
+    clip: Clip = "absmax", drift: Tensor | None = None, drift_damping: float | None = None,
+    held_out: Tensor | None = None,
 ) -> list[Solution]:  # fmt: skip
     """``solve`` of several weights that have their inputs in common: one factor of H, and one loop over the columns.
 
     Rows do not depend on each other, so weights of the same spec and dtype are solved as the rows of one matrix.
+    ``drift_damping`` is the damping of the correction for ``drift``: ``damp_percent`` unless it is given.
     """
+    found, aims, damping = codes_together(
+        weights, H, act_order=act_order, damp_percent=damp_percent, block_size=block_size, clip=clip, drift=drift,
+        drift_damping=drift_damping,
+    )  # fmt: skip
+    return [judged(w, aim, q, H, held_out, damping) for w, aim, q in zip(weights, aims, found, strict=True)]
+
+
+def codes_together(
+    weights: Sequence[Weight], H: Tensor, *, act_order: bool = True, damp_percent: float = 0.01, block_size: int = 32,
+    clip: Clip = "absmax", drift: Tensor | None = None, drift_damping: float | None = None,
+) -> tuple[list[QuantizedTensor], list[Tensor], float]:  # fmt: skip
+    """``solve_together`` without judging: the codes, what was aimed at, and the damping it took."""
     for weight in weights:
         _check(weight.value, H, weight.name)
-    rtn = [quantize_tensor(w.value, w.spec, name=w.name) for w in weights]
     order = torch.arange(len(H), device=H.device)
     if act_order:
         order = torch.argsort(H.diagonal().double(), descending=True, stable=True)
     U, damping = inverse_factor(H[order][:, order], damp_percent, name=weights[0].name)
     wide = [w.value if w.value.dtype == torch.float64 else w.value.float() for w in weights]
-    if drift is not None:
-        sizes = [len(value) for value in wide]
-        wide = list((torch.cat(wide) + correction(torch.cat(wide), drift, order, U)).split(sizes))
+    wide = targets(wide, H, drift, damping if drift_damping is None else drift_damping)
     found: dict[int, QuantizedTensor] = {}
     kinds = [(w.spec, v.dtype, w.scales is not None) for w, v in zip(weights, wide, strict=True)]
     for spec, dtype, given in dict.fromkeys(kinds):
@@ -122,32 +141,40 @@ def solve_together(
         problem = _Problem([wide[i] for i in own], U.to(dtype), order, spec, clip, weights[own[0]].name, held)
         solved = problem.feed_back(static=act_order or given or spec.kind.outer is not None, block_size=block_size)
         found.update(zip(own, solved, strict=True))
-    return [_judged(wide[i], found[i], rtn[i], H, held_out, damping) for i in range(len(weights))]
+    return [found[i] for i in range(len(weights))], wide, damping
 
 
-def _judged(
-    W: Tensor, found: QuantizedTensor, rtn: QuantizedTensor, H: Tensor, held_out: Tensor | None, damping: float
+def judged(
+    weight: Weight, aim: Tensor, found: QuantizedTensor, H: Tensor, held_out: Tensor | None, damping: float
 ) -> Solution:
-    """The solution, or round-to-nearest where that is better."""
-    measured = []
+    """The solution for ``aim``, or round-to-nearest of the weight where that is better."""
+    rtn, measured = quantize_tensor(weight.value, weight.spec, name=weight.name), []
     for moments in (H,) if held_out is None else (H, held_out):
-        whole = loss(W, moments) or 1.0
-        measured += [loss(W - q.dequantize(W.dtype), moments) / whole for q in (found, rtn)]
+        whole = loss(aim, moments) or 1.0
+        measured += [loss(aim - q.dequantize(aim.dtype), moments) / whole for q in (found, rtn)]
     solution = Solution(found, measured[0], measured[1], measured[-2], measured[-1], damping)
     return replace(solution, quantized=rtn) if solution.fell_back else solution
 
 
-def correction(W: Tensor, drift: Tensor, order: Tensor, U: Tensor) -> Tensor:
-    """W D (H + damping)^-1: added to W, its outputs on the inputs at hand come nearest to W's on the float inputs.
+def targets(values: Sequence[Tensor], H: Tensor, drift: Tensor | None, damp_percent: float) -> list[Tensor]:
+    """W + W D (H + damping)^-1 of weights ``[rows, cols]``; W itself without a drift D, or for infinite damping.
 
-    The minimum over A of ||(W + A) X - W X_float||^2 plus damping times ||A||^2; U is the factor for H in ``order``.
+    The minimum over T of ||T X - W X_float||^2 plus damping times ||T - W||^2: with its outputs on the inputs at hand
+    it comes nearest to W's on the float model's.
     """
-    U, drift = U.to(W.dtype), drift.to(W.dtype)
-    # of the two orders of multiplication, the one with fewer operations
-    moved = W @ (drift[:, order] @ U.t() @ U) if len(W) > len(U) else (W @ drift)[:, order] @ U.t() @ U
-    placed = torch.empty_like(moved)
-    placed[:, order] = moved
-    return placed
+    if drift is None or math.isinf(damp_percent):
+        return list(values)
+    tall, D = torch.cat(list(values)), drift.to(values[0].dtype)
+    R = factor(H, damp_percent)[0].to(tall.dtype)
+
+    def divided(M: Tensor) -> Tensor:
+        """M (R R^T)^-1."""
+        half = torch.linalg.solve_triangular(R.t(), M, upper=False, left=False)
+        whole: Tensor = torch.linalg.solve_triangular(R, half, upper=True, left=False)
+        return whole
+
+    moved = tall @ divided(D) if len(tall) > len(R) else divided(tall @ D)  # the one with fewer operations
+    return list((tall + moved).split([len(value) for value in values]))
 
 
 def loss(dW: Tensor, H: Tensor) -> float:
@@ -222,14 +249,16 @@ class _Problem:
         at = (self.order // wide).tolist()
         chosen: dict[int, list[Scales]] = {}
         if static:
-            chosen[0] = self.given or [choose(w, self.spec, clip=self.clip, name=self.name) for w in self.weights]
+            chosen[0] = self.given or self._choose(self.weights, slice(None))
         grids = self._spread(chosen[0]) if static else []
         nearest, transposed, pivots = _rounding(self.spec, columns.dtype), self.U.t().contiguous(), self.U.diagonal()
         divisors = pivots.tolist()
         for start, end in _blocks(cols, cols if static else wide, block_size):
             errors = torch.empty_like(columns[start:end])
             if not static and at[start] not in chosen:
-                chosen[at[start]] = self._choose(columns[start : start + wide])
+                group = slice(start, start + wide)
+                parts = columns[group].split([len(w) for w in self.weights], 1)
+                chosen[at[start]] = self._choose([part.t() for part in parts], group)
                 grids += self._spread(chosen[at[start]])
             for j in range(start, end):
                 w, done = columns[j], j - start
@@ -239,10 +268,13 @@ class _Problem:
             columns[end:].addmm_(transposed[end:, start:end], errors, alpha=-1)
         return self._quantized(columns, chosen)
 
-    def _choose(self, columns: Tensor) -> list[Scales]:
-        """The scales of one group, found on its updated columns."""
-        parts = columns.split([len(w) for w in self.weights], 1)
-        return [choose(part.t(), self.spec, clip=self.clip, name=self.name) for part in parts]
+    def _choose(self, weights: Sequence[Tensor], columns: slice) -> list[Scales]:
+        """Scales for some columns of all weights."""
+        if self.clip != "hessian":
+            return [choose(w, self.spec, clip=self.clip, name=self.name) for w in weights]
+        alone = torch.empty_like(self.U.diagonal())
+        alone[self.order] = self.U.diagonal().square().reciprocal()
+        return [choose(w, self.spec, clip="mse", name=self.name, column_weight=alone[columns]) for w in weights]
 
     def _spread(self, scales: list[Scales]) -> list[Scales]:
         """The scales of every group of columns, each spread over the rows of all weights: ``[rows, 1]``."""
@@ -293,12 +325,14 @@ def _rounding(spec: QuantSpec, dtype: torch.dtype) -> Nearest:
 
 
 def _to_integers(grid: IntFormat) -> Nearest:
+    most = grid.max
+
     def nearest(w: Tensor, s: Scales) -> Tensor:
         scale, q = s.scale.squeeze(1), w.div(s.scale.squeeze(1)).round_()
         if s.zero_point is None:
-            return q.clamp_(-grid.max, grid.max).mul_(scale)
+            return q.clamp_(-most, most).mul_(scale)
         zero = s.zero_point.squeeze(1)
-        return q.add_(zero).clamp_(0, grid.max).sub_(zero).mul_(scale)
+        return q.add_(zero).clamp_(0, most).sub_(zero).mul_(scale)
 
     return nearest
 
@@ -306,10 +340,11 @@ def _to_integers(grid: IntFormat) -> Nearest:
 def _to_floats(grid: FloatFormat) -> Nearest:
     """x + c - c with c = 1.5 2^23 steps of the binade of x (of the lowest one for subnormals) rounds x to a step."""
     lowest, steps = (128 - int(grid.bias)) << 23, ((23 - grid.mbits) << 23) + (1 << 22)  # bits of float32
+    most = grid.max
 
     def nearest(w: Tensor, s: Scales) -> Tensor:
         scale = s.scale.squeeze(1)
-        x = w.div(scale).clamp_(-grid.max, grid.max)
+        x = w.div(scale).clamp_(-most, most)
         c = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=lowest).add_(steps).view(torch.float32)
         return x.add_(c).sub_(c).mul_(scale)
 

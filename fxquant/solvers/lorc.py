@@ -23,7 +23,7 @@ from torch import Tensor
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
 from fxquant.scheme import QuantSpec, parse_spec
-from fxquant.solvers.gptq import correction, factor, inverse_factor, loss
+from fxquant.solvers.gptq import factor, loss, targets
 
 Weighting = Literal["none", "act_rms", "hessian"]
 FACTORS = "int8/channel"
@@ -92,6 +92,10 @@ class Solution:
     held_out_before: float
     held_out: float
 
+    def product(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """U V as stored, ``[rows, cols]``."""
+        return self.U.dequantize(dtype) @ self.V.dequantize(dtype)
+
     @property
     def useless(self) -> bool:
         return not (self.after < self.before and self.held_out < self.held_out_before)
@@ -100,18 +104,18 @@ class Solution:
 def solve(
     W: Tensor, restored: Tensor, spec: QuantSpec | str = FACTORS, *, rank: int = 8, weighting: Weighting = "none",
     moments: Tensor | None = None, drift: Tensor | None = None, held_out: Tensor | None = None,
-    damp_percent: float = 0.01,
+    damp_percent: float = 0.01, drift_damping: float | None = None,
 ) -> Solution:  # fmt: skip
     """Stored factors for ``W - restored`` [rows, cols]; V is found anew for U as stored, before it is rounded itself.
 
     ``moments`` is H of the inputs, needed for every ``weighting`` but none; ``held_out`` is H of inputs that are only
-    used to judge. ``drift`` as in ``gptq.solve``: the outputs of W on the float model's inputs are aimed at.
+    used to judge. ``drift`` and ``drift_damping`` as in ``gptq.solve_together``: the outputs of W on the float model's
+    inputs are aimed at.
     """
     wide = W if W.dtype == torch.float64 else W.float()
     target = wide
-    if drift is not None and moments is not None:
-        U = inverse_factor(moments, damp_percent)[0]
-        target = wide + correction(wide, drift, torch.arange(len(U), device=U.device), U)
+    if moments is not None:
+        (target,) = targets([wide], moments, drift, damp_percent if drift_damping is None else drift_damping)
     E = target - restored.to(wide.dtype)
     weight = None if moments is None or weighting != "act_rms" else act_rms(moments)
     by = moments if weighting == "hessian" else None

@@ -2,7 +2,7 @@
 
 ::
 
-    O = X W^T,  O' = X' W'^T,   loss ||O' - O||^2
+    O = X W^T,  O' = X' W'^T,   loss ||O' - O||^2, or sum_tc a_t b_c (O' - O)_tc^2
     X'  per tensor:  clip 2^-d of the largest magnitude, d = 0, 1/50, ... ("steps" of them up to "octaves"), any format
         pre-shifted: channel j is multiplied by 2^b_j before rounding, b_j = round(log2(clip / max|x_j|)) in 0..limit
     W'  per output channel: a clip of its own, one format for the tensor
@@ -12,6 +12,10 @@ bias). Three things differ. Clips lie on a grid of log2, which does not depend o
 loss of a weight is taken from the Gram matrix of its inputs, that of an activation on a sample of rows; both through
 random projections, which keep lengths on average and make a candidate cheap. The clips of rows are searched from coarse
 to fine.
+
+The paper's loss for BERT and ViT (equation 24) weights every output's error by the square of its gradient, a diagonal
+Fisher matrix. Here that is taken as a product, g_tc^2 ~ a_t b_c with the same sums over channels and over tokens
+(``Fisher``): then it needs no gradient of every output, and weights rows of X and of W.
 """
 
 from __future__ import annotations
@@ -45,6 +49,28 @@ class Activation:
     exponent_bias: Tensor | None
     loss: float
     step: int
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """What errors of outputs cost: ``a_t b_c``, ``tokens`` [n] times ``channels`` [N], both of mean 1."""
+
+    tokens: Tensor
+    channels: Tensor
+
+    @staticmethod
+    def of(tokens: Tensor, channels: Tensor) -> Fisher:
+        """From sums of squared gradients; ones where all of them are zero."""
+
+        def of_mean_one(sums: Tensor) -> Tensor:
+            mean = sums.mean()
+            return sums / mean if float(mean) > 0 else torch.ones_like(sums)
+
+        return Fisher(of_mean_one(tokens), of_mean_one(channels))
+
+    def sample(self, step: int) -> Fisher:
+        """Of every ``step``-th token."""
+        return Fisher(self.tokens[::step], self.channels)
 
 
 def formats_of(bits: int) -> list[FloatFormat]:
@@ -84,19 +110,21 @@ def projection(rows: int, generator: torch.Generator, width: int = WIDTH) -> Ten
 def search_activation(
     x: Tensor, W: Tensor, absmax: Tensor, spec: QuantSpec, formats: Sequence[Format], *, shift: bool,
     limit: int | None = None, steps: int = 100, octaves: float = 2.0, near: int | None = None,
-    generator: torch.Generator,
+    fisher: Fisher | None = None, generator: torch.Generator,
 ) -> Activation:  # fmt: skip
     """The best format and clip for a sample of rows ``x [n, K]`` that are multiplied by ``W [N, K]``.
 
     ``absmax`` [K]: the largest magnitude of each channel in all of the data, which a sample may not hold. ``shift``:
     with a shift of every channel, up to ``limit`` (by default the format's ``shift_limit``). ``near``: only the clips
-    around that step are tried (later rounds). CalibrationError where all of the data are zeros.
+    around that step are tried (later rounds). ``fisher``: what errors of the outputs cost. CalibrationError where all
+    of the data are zeros.
     """
     largest = float(absmax.amax())
     if not largest > 0:
         raise CalibrationError("an activation is zero in all of the calibration data")
-    view = W.t() @ projection(len(W), generator) if len(W) > WIDTH else W.t()  # [K, width]: ||E W^T|| ~ ||E view||
-    whole = float((x @ view).square().sum()) or 1.0
+    view = weighted(W, fisher).t()
+    view = view @ projection(len(W), generator) if len(W) > WIDTH else view  # [K, width]: ||E W^T|| ~ ||E view||
+    whole = output_error(x, view, fisher) or 1.0
     best: Activation | None = None
     for format in formats:
         most, own = shift_limit(format) if limit is None else limit, replace(spec, format=format)
@@ -104,11 +132,22 @@ def search_activation(
             clip = largest * 2.0 ** (-i * octaves / steps)
             bias = channel_bias(absmax, clip, most) if shift else None
             scale = torch.full((1, 1), clip / format.max)
-            loss = float(((_rounded(x, own, scale, bias) - x) @ view).square().sum()) / whole
+            loss = output_error(_rounded(x, own, scale, bias) - x, view, fisher) / whole
             if best is None or loss < best.loss:
                 best = Activation(own, scale, bias, loss, i)
     assert best is not None
     return best
+
+
+def weighted(W: Tensor, fisher: Fisher | None) -> Tensor:
+    """``sqrt(b) W``: rows whose squared products with an input count as much as they cost."""
+    return W if fisher is None else W * fisher.channels.sqrt()[:, None]
+
+
+def output_error(E: Tensor, view: Tensor, fisher: Fisher | None) -> float:
+    """``sum_t a_t ||(E view)_t||^2`` of errors ``E [n, K]`` of an activation; ``view [K, ...]`` has sqrt(b) in it."""
+    squares = (E @ view).square().sum(1)
+    return float((squares if fisher is None else squares * fisher.tokens).sum())
 
 
 def _rounded(x: Tensor, spec: QuantSpec, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -121,22 +160,24 @@ def _rounded(x: Tensor, spec: QuantSpec, scale: Tensor, bias: Tensor | None) -> 
 # --- weights ----------------------------------------------------------------------------------------------------------
 def search_weight(
     W: Tensor, H: Tensor, spec: QuantSpec, formats: Sequence[Format], *, steps: int = 100, octaves: float = 2.0,
-    generator: torch.Generator,
+    row_weight: Tensor | None = None, generator: torch.Generator,
 ) -> tuple[QuantizedTensor, float]:  # fmt: skip
     """The best format of ``W [N, K]`` for inputs of second moments ``H [K, K]``, with the best clip of every block.
 
     A block is a row, or a group of a row. Clips of all blocks are moved together: 13 of ``steps`` 100 first, then the
     neighbours of each block's best one at 4, 2 and 1 steps. The loss of a group counts the errors of its own columns
-    only. Returns the codes and tr(dW H dW^T) / tr(W H W^T), from the same projection for every format.
+    only. ``row_weight`` [N]: what errors of each output cost. Returns the codes and tr(dW H dW^T) / tr(W H W^T), rows
+    weighted, from the same projection for every format.
     """
     L = _root(H, generator)
-    whole = float((W @ L).square().sum()) or 1.0
+    by = torch.ones(len(W), 1) if row_weight is None else row_weight[:, None]
+    whole = float(((W @ L).square() * by).sum()) or 1.0
     best: tuple[QuantizedTensor, float] | None = None
     for format in formats:
         own = replace(spec, format=format)
         scale = _best_clips(W, L, own, steps, octaves)
         found = _quantized(W, Scales(scale), own)
-        loss = float(((found.dequantize() - W) @ L).square().sum()) / whole
+        loss = float((((found.dequantize() - W) @ L).square() * by).sum()) / whole
         if best is None or loss < best[1]:
             best = found, loss
     assert best is not None

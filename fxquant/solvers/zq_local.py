@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxquant.qtensor import QuantizedTensor
 from fxquant.scales import dequantize, quantize, spread
-from fxquant.solvers.gptq import correction, inverse_factor, loss
+from fxquant.solvers.gptq import loss, targets
 
 _BETAS = (0.9, 0.99)
 """Adam's, the second for runs of some ten to some hundred steps."""
@@ -54,9 +54,7 @@ def solve(
     """
     wide = W if W.dtype == torch.float64 else W.float()
     target = wide
-    if drift is not None:
-        U = inverse_factor(H, damp_percent, name=name)[0]
-        target = wide + correction(wide, drift, torch.arange(len(U), device=U.device), U)
+    (target,) = targets([wide], H, drift, damp_percent)
     codes = _descend(target, start, H.to(wide.dtype), iterations, learning_rate)
     found = replace(start, codes=codes)
     errors = []

@@ -18,6 +18,7 @@ from fxquant.scheme import parse_spec
 from fxquant.solvers.gptq import quantize_weight
 
 SPEC = "e2m1/group16"
+PLAIN = {"damp_percent": 0.01, "clip": "absmax"}
 G = torch.Generator().manual_seed(0)
 MIX = torch.randn(20, 20, generator=G)
 BATCHES = [torch.randn(16, 20, generator=G) @ MIX for _ in range(7)]  # fewer than 8: none is held out
@@ -30,7 +31,7 @@ def _seeded() -> None:
 
 def gptq(model: nn.Module, data: Any, example: Any = None, spec: str = SPEC, **options: Any) -> fxquant.CompiledModel:
     config = {"rules": [{"match": "*", "weight": spec, "types": ["linear", "conv", "matmul", "embedding"]}],
-              "passes": [{"gptq": options}]}  # fmt: skip
+              "passes": [{"gptq": {**PLAIN, **options}}]}  # fmt: skip
     return fxquant.compile(model, example if example is not None else (data[0],), config, calibration=data)
 
 
@@ -230,7 +231,7 @@ def test_the_model_is_not_changed_and_can_be_written_back() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     compiled = gptq(model, BATCHES)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    config = {"rules": [{"match": "*", "weight": SPEC}], "passes": ["gptq"]}
+    config = {"rules": [{"match": "*", "weight": SPEC}], "passes": [{"gptq": PLAIN}]}
     fxquant.quantize_(model, config, (BATCHES[0],), calibration=BATCHES)
     assert torch.equal(model(BATCHES[0]), compiled(BATCHES[0]))
 

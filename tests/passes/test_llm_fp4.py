@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant.errors import ConfigError
+from fxquant.graph import info
 from fxquant.ops import operators as ops
 from fxquant.rewrite import fetch
 
@@ -236,3 +237,38 @@ def test_gptq_keeps_the_clips_that_were_searched() -> None:
     assert all(torch.equal(a, b) for a, b in zip(scales(searched), scales(refined), strict=True))
     assert {q.method for q in refined.summary().layers} == {"gptq"}
     assert error(refined, model) < error(searched, model)
+
+
+def test_the_fisher_loss_protects_what_the_loss_depends_on() -> None:
+    """sum g^2 dO^2 of the first layer, computed directly: a diagonal Fisher matrix of its outputs."""
+    total, x = {"mse": 0.0, "fisher": 0.0}, torch.cat(BATCHES)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(20, 24), nn.GELU(), nn.Linear(24, 8)).eval()
+        with torch.no_grad():
+            model[0].weight *= 4.0 ** torch.randint(-2, 2, (24, 1))
+            model[2].weight *= (torch.rand(24) < 0.2) + 1e-3  # few of its channels count
+        hidden = model[0](x)
+        (grad,) = torch.autograd.grad(model[2](model[1](hidden)).square().sum() / 2, hidden)
+        for loss in total:
+            compiled = build(model, ["pre_shift", {"search_formats": {"loss": loss}}])
+            seen = Outputs(compiled.program.gm)
+            with torch.no_grad():
+                seen.run(x)
+            total[loss] += float((grad * (seen.outputs["0"] - hidden)).square().sum())
+    assert total["fisher"] < 0.8 * total["mse"]
+
+
+class Outputs(torch.fx.Interpreter):
+    """The outputs of layers by their paths."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.target is ops.linear_wq.default:
+            self.__dict__.setdefault("outputs", {})[info(n).path] = value
+        return value
+
+
+def test_the_fisher_loss_needs_a_loss() -> None:
+    with pytest.raises(ConfigError, match="loss='hessian'"):
+        build(mlp(), [{"search_formats": {"loss": "hessian"}}])

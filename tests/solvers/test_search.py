@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ from fxquant.errors import CalibrationError
 from fxquant.formats import parse_format
 from fxquant.qtensor import quantize_tensor
 from fxquant.scales import power_of_two
-from fxquant.scheme import parse_spec
+from fxquant.scheme import PerChannel, parse_spec
 from fxquant.solvers.gptq import loss
-from fxquant.solvers.search import channel_bias, formats_of, search_activation, search_weight, shift_limit
+from fxquant.solvers.search import Fisher, channel_bias, formats_of, search_activation, search_weight, shift_limit
 
 
 def generator() -> torch.Generator:
@@ -31,14 +33,19 @@ def test_shifts_are_equation_15() -> None:
     assert [shift_limit(parse_format(f)) for f in ("e2m1", "e3m0", "e1m2", "int4")] == [3, 7, 1, 3]
 
 
+FISHER = Fisher.of(torch.rand(64, generator=generator()) ** 4, torch.rand(10, generator=generator()) ** 4)
+
+
+@pytest.mark.parametrize("fisher", [None, FISHER])
 @pytest.mark.parametrize("shift", [False, True])
-def test_the_best_activation_is_the_best_of_all(shift: bool) -> None:
+def test_the_best_activation_is_the_best_of_all(shift: bool, fisher: Fisher | None) -> None:
     """Every format and every clip computed plainly; few enough rows of W that no projection is used."""
+    cost = torch.ones(64, 10) if fisher is None else fisher.tokens[:, None] * fisher.channels
     g = generator()
     x = torch.randn(64, 24, generator=g) * 2.0 ** torch.randint(-3, 3, (24,), generator=g)
     W, absmax = torch.randn(10, 24, generator=g), x.abs().amax(0)
     spec = parse_spec("e2m1/tensor")
-    found = search_activation(x, W, absmax, spec, formats_of(4), shift=shift, steps=20, generator=g)
+    found = search_activation(x, W, absmax, spec, formats_of(4), shift=shift, steps=20, fisher=fisher, generator=g)
     losses = {}
     for format in formats_of(4):
         for i in range(20):
@@ -46,7 +53,8 @@ def test_the_best_activation_is_the_best_of_all(shift: bool) -> None:
             up = power_of_two(channel_bias(absmax, clip, shift_limit(format))) if shift else torch.ones(24)
             scale = clip / format.max
             rounded = format.round(x * up / scale) * scale / up
-            losses[str(format), i] = float(((rounded - x) @ W.t()).square().sum() / (x @ W.t()).square().sum())
+            errors = ((rounded - x) @ W.t()).square() * cost
+            losses[str(format), i] = float(errors.sum() / ((x @ W.t()).square() * cost).sum())
     best = min(losses, key=losses.__getitem__)
     assert (str(found.spec.format), found.step) == best
     assert found.loss == pytest.approx(losses[best], rel=1e-4)
@@ -68,6 +76,27 @@ def test_clips_of_weights_beat_the_whole_range(spec: str) -> None:
     found, _ = search_weight(W, H, parsed, [parsed.format], generator=g)
     found.check()
     assert loss(W - found.dequantize(), H) < loss(W - plain.dequantize(), H)
+
+
+def test_rows_of_a_weight_can_cost_more_than_others() -> None:
+    """Two rows: one wants E2M1's wide range, one even steps; the format goes with the one that costs."""
+    g, spec = generator(), parse_spec("e2m1/tensor")
+    even, wide = torch.linspace(-1, 1, 48), 2.0 ** -torch.arange(48).remainder(7)
+    W, H = torch.stack([even, wide]), torch.eye(48)
+    found = {}
+    for name, cost in (("even", [1000.0, 1]), ("wide", [1.0, 1000])):
+        q, part = search_weight(W, H, replace(spec, granularity=PerChannel(0)), formats_of(4), generator=g,
+                                row_weight=torch.tensor(cost))  # fmt: skip
+        found[name] = str(q.spec.format)
+        squares = torch.tensor(cost)[:, None] * torch.stack([W - q.dequantize(), W]).square()
+        assert part == pytest.approx(float(squares[0].sum() / squares[1].sum()), rel=1e-2)
+    assert found == {"even": "e1m2", "wide": "e3m0"}
+
+
+def test_importance_of_nothing_is_one_for_all() -> None:
+    fisher = Fisher.of(torch.zeros(3), torch.tensor([1.0, 3.0]))
+    assert fisher.tokens.tolist() == [1, 1, 1]
+    assert fisher.channels.tolist() == [0.5, 1.5]
 
 
 def test_a_wide_weight_goes_through_a_projection_and_still_gains() -> None:
