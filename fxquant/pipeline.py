@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from fxquant import store
 from fxquant.calibrate import Batch, Calibration, batches_of
 from fxquant.capture import capture
-from fxquant.codegen import launch  # noqa: F401  registers what the operators run on a GPU
+from fxquant.codegen import cpu, launch  # noqa: F401  register what the operators run on a CPU, on a GPU
 from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
