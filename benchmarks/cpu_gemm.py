@@ -1,0 +1,139 @@
+"""Products of packed weights on a CPU, beside float32 in torch and in onnxruntime and beside MatMulNBits.
+
+    python benchmarks/cpu_gemm.py --formats e3m2 e2m1 e4m3 --rows 1 64 --threads 2
+
+All are called in turn in one process, on weights that together exceed the last cache, so that each call reads its
+weight from memory. Printed: the best and the median of the runs in ms, and float32 in onnxruntime over each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from fxquant import packing
+from fxquant.codegen import cpu, cpu_library, cpu_source
+from fxquant.codegen.prepack import KernelWeight, Operands, prepare
+from fxquant.qtensor import quantize_tensor
+from fxquant.scheme import parse_spec
+
+Call = Callable[[], Any]
+CACHE = 80 << 20
+"""Bytes that the copies of a weight take together at least."""
+
+
+def ours(format: str, group: int, w: torch.Tensor, x: torch.Tensor) -> list[Call]:
+    q = quantize_tensor(w, parse_spec(f"{format}/group{group}"))
+    size = q.codes.numel() * q.spec.format.bits // 8
+    calls: list[Call] = []
+    kernels = cpu_library.library()
+    for _ in range(-(-CACHE // size)):
+        packed = packing.pack(q.codes, packing.planar(q.spec.format.bits))
+        weight = prepare(
+            Operands(packed, q.scale, q.zero_point, str(q.spec), q.shape, q.tensor_scale), run=cpu_source.RUN
+        )
+        assert isinstance(weight, KernelWeight), weight
+        calls.append(lambda weight=weight, packed=packed: cpu.linear(x, weight, None, kernels))
+    return calls
+
+
+def torch_float(w: torch.Tensor, x: torch.Tensor) -> list[Call]:
+    copies = [w.clone() for _ in range(-(-CACHE // (4 * w.numel())))]
+    return [lambda copy=copy: torch.nn.functional.linear(x, copy) for copy in copies]
+
+
+def session(node: ir.Node, x: torch.Tensor, rows: int, threads: int) -> Call:
+    import onnxruntime
+
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", ir.TensorType(ir.DataType.FLOAT), None
+    given = [v for v in node.inputs if v is not None]
+    graph = ir.Graph([given[0]], node.outputs, nodes=[node], initializers=given[1:],
+                     opset_imports={"": 21, "com.microsoft": 1}, name="product")  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    run = onnxruntime.InferenceSession(
+        ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    feed = {"x": x.numpy()}
+    return lambda: run.run(None, feed)
+
+
+def _input(x: torch.Tensor) -> ir.Value:
+    return ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(x.shape))
+
+
+def _constant(name: str, value: np.ndarray[Any, Any]) -> ir.Value:
+    tensor = ir.tensor(value, name=name)
+    return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(value.shape))
+
+
+def ort_float(w: torch.Tensor, x: torch.Tensor, threads: int) -> list[Call]:
+    def one() -> Call:
+        node = ir.node("MatMul", [_input(x), _constant("w", w.T.contiguous().numpy())])
+        return session(node, x, len(w), threads)
+
+    return [one() for _ in range(-(-CACHE // (4 * w.numel())))]
+
+
+def ort_bits(bits: int, group: int, w: torch.Tensor, x: torch.Tensor, threads: int) -> list[Call]:
+    N, K = w.shape
+    rng = np.random.default_rng(0)
+
+    def one() -> Call:
+        packed = rng.integers(0, 256, (N, K // group, group * bits // 8), dtype=np.uint8)
+        scale = rng.random((N, K // group), dtype=np.float32)
+        node = ir.node(
+            "MatMulNBits", [_input(x), _constant("w", packed), _constant("s", scale)],
+            {"K": K, "N": N, "bits": bits, "block_size": group, "accuracy_level": 4}, domain="com.microsoft",
+        )  # fmt: skip
+        return session(node, x, N, threads)
+
+    return [one() for _ in range(-(-CACHE // (N * K * bits // 8)))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=["e3m2", "e2m3", "e2m2", "e2m1", "e4m3", "int4", "int8"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16, 64, 512])
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=30)
+    options = parser.parse_args()
+    w = torch.randn(options.size, options.size, generator=torch.Generator().manual_seed(0))
+    print(f"{options.size} x {options.size}, groups of {options.group}, kernels for {cpu_library.library().isa.name}")
+    for threads, M in itertools.product(options.threads, options.rows):
+        torch.set_num_threads(threads)
+        x = torch.randn(M, options.size, generator=torch.Generator().manual_seed(1))
+        contenders = {
+            "onnxruntime float32": ort_float(w, x, threads),
+            "torch float32": torch_float(w, x),
+            "MatMulNBits 4": ort_bits(4, options.group, w, x, threads),
+            "MatMulNBits 8": ort_bits(8, options.group, w, x, threads),
+            **{f"fxquant {format}": ours(format, options.group, w, x) for format in options.formats},
+        }
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(options.runs if M < 64 else max(5, options.runs // 4)):
+            for name, calls in contenders.items():
+                start = time.perf_counter()
+                calls[turn % len(calls)]()
+                times[name].append(time.perf_counter() - start)
+        base = times["onnxruntime float32"]
+        print(f"\nM = {M}, {threads} threads{'':10} best ms  median ms   float32 / it, best   median")
+        for name, found in times.items():
+            print(
+                f"{name:24} {min(found) * 1e3:14.2f} {statistics.median(found) * 1e3:10.2f} "
+                f"{min(base) / min(found):14.2f} {statistics.median(base) / statistics.median(found):14.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""CPU kernels: within float32's rounding of float64 for every format, grouping and shape; the same bits for any number
+of threads; the reference where there is no compiler or no kernel."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant import ops, packing
+from fxquant.codegen import cpu, cpu_library, cpu_source
+from fxquant.codegen.prepack import KernelWeight, Operands, prepare
+from fxquant.errors import KernelError
+from fxquant.formats import parse_format
+from fxquant.qtensor import QuantizedTensor, quantize_tensor
+from fxquant.scheme import parse_spec
+
+pytestmark = pytest.mark.kernels
+needs_compiler = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="there is no C++ compiler here"
+)
+SETS = [one.name for one in cpu_library.instruction_sets()]
+
+
+def weight(spec: str, rows: int, cols: int, seed: int = 0) -> QuantizedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    return quantize_tensor(torch.randn(rows, cols, generator=generator), parse_spec(spec))
+
+
+def operands(q: QuantizedTensor) -> Operands:
+    packed = packing.pack(q.codes, packing.planar(q.spec.format.bits))
+    return Operands(packed, q.scale, q.zero_point, str(q.spec), q.shape, q.tensor_scale)
+
+
+def product(x: Tensor, q: QuantizedTensor, isa: str = "", bias: Tensor | None = None) -> Tensor:
+    """By a kernel, and by nothing else."""
+    prepared = prepare(operands(q), run=cpu_source.RUN)
+    assert isinstance(prepared, KernelWeight), prepared
+    return cpu.linear(x, prepared, bias, cpu_library.library(isa))
+
+
+def values(q: QuantizedTensor) -> Tensor:
+    """W in float64, from codes and scales."""
+    codes = q.spec.format.decode(q.codes, torch.float64)
+    high, wide = q.spec.block(*codes.shape)
+    scale = q.scale.double() if q.tensor_scale is None else q.scale.double() * q.tensor_scale.double()
+
+    def spread(t: Tensor) -> Tensor:
+        return t.repeat_interleave(high, 0)[: len(codes)].repeat_interleave(wide, 1)[:, : codes.shape[1]]
+
+    if q.zero_point is not None:
+        codes = codes - spread(q.zero_point.double())
+    return codes * spread(scale)
+
+
+def check(x: Tensor, q: QuantizedTensor, isa: str = "") -> None:
+    """|y - y64| <= 2e-6 ||y64|| over all, the bound of the exact mode."""
+    want = x.double() @ values(q).T
+    got = product(x, q, isa)
+    assert (got.dtype, got.shape) == (x.dtype, (*x.shape[:-1], len(q.codes)))
+    assert float((got.double() - want).norm()) <= 2e-6 * float(want.norm())
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("format", [str(f) for f in cpu_source.FORMATS])
+def test_every_format_and_instruction_set_multiplies_all_codes(format: str, isa: str) -> None:
+    assert cpu.gives_products(cpu_library.library(isa), parse_format(format))
+
+
+@needs_compiler
+@pytest.mark.parametrize("spec", [
+    "e3m2/channel", "e3m2/tensor", "e2m3/group64", "e2m1/group16:e4m3", "e2m1/group32:e8m0", "e2m2/group128",
+    "e3m1/group256",
+    "e4m3/group64", "e5m2/channel", "int4/group32", "uint4/group64", "uint8/channel", "int8/group20", "e3m2/group48",
+    "e3m2/block16x32", "int3/group64", "uint2/group16",
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(1, 1, 33), (3, 50, 300), (7, 24, 128), (1, 97, 515)])
+def test_products_are_those_of_float64(spec: str, shape: tuple[int, int, int]) -> None:
+    M, N, K = shape
+    check(torch.randn(M, K, generator=torch.Generator().manual_seed(M)), weight(spec, N, K))
+
+
+@needs_compiler
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 6, 7, 13, 64])
+def test_many_rows_of_x(M: int) -> None:
+    """Columns over several panels, rows that do not fill the corners of the product."""
+    check(torch.randn(M, 1300, generator=torch.Generator().manual_seed(M)), weight("e3m2/group64", 61, 1300))
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", SETS)
+def test_every_instruction_set_multiplies_alike(isa: str) -> None:
+    for M in (1, 9):
+        check(torch.randn(M, 700, generator=torch.Generator().manual_seed(1)), weight("e3m2/group64", 100, 700), isa)
+        check(torch.randn(M, 700, generator=torch.Generator().manual_seed(1)), weight("uint4/group32", 100, 700), isa)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("M", [1, 5, 33])
+def test_bits_do_not_depend_on_threads(M: int, threads: None) -> None:
+    q, x = weight("e3m2/group64", 2000, 1024), torch.randn(M, 1024, generator=torch.Generator().manual_seed(0))
+    found = []
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        found.append(product(x, q))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    q, x = weight("e2m1/group64", 70, 256), torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.randn(70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    want = x.double() @ values(q).T + bias.double()
+    got = product(x, q, bias=bias)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@needs_compiler
+def test_x_is_read_where_it_is() -> None:
+    """Rows with a stride, transposed x, rows shared by broadcasting; what is beside x is not read into the sum."""
+    q = weight("e3m2/channel", 20, 256)
+    base = torch.full((4, 400), float("nan"))
+    base[:, :256] = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    check(base[:, :256], q)
+    check(torch.randn(256, 3, generator=torch.Generator().manual_seed(0)).T, q)
+    check(torch.randn(1, 256, generator=torch.Generator().manual_seed(0)).expand(5, 256), q)
+
+
+@needs_compiler
+@pytest.mark.parametrize("M", [1, 4])
+def test_not_a_number_stays_in_its_row(M: int) -> None:
+    q, x = weight("e3m2/group64", 40, 300), torch.zeros(M, 300)
+    x[0, 17] = float("nan")
+    got = product(x, q)
+    assert bool(got[0].isnan().all())
+    assert bool((got[1:] == 0).all())
+    x[0, 17] = float("inf")
+    column = q.spec.format.decode(q.codes[:, 17])
+    assert torch.equal(product(x, q)[0].isinf(), column != 0)
+
+
+@needs_compiler
+def test_the_operator_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, x = weight("e3m2/group64", 40, 300), torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    given = operands(q)
+    calls = []
+    real = cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *args: calls.append(1) or real(*args))
+    args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
+    got = ops.operators.linear_wq(x, *args)
+    assert calls == [1]
+    torch.testing.assert_close(got, ops.linear_wq(x, *args), rtol=1e-5, atol=1e-5)
+    assert ops.operators.linear_wq(x[:0], *args).shape == (0, 40)
+
+
+def test_what_no_kernel_takes_is_computed_by_the_reference() -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for spec in ("nf4/group32", "e3m2/channel1", "e2m1b2.5/channel"):
+        given = operands(weight(spec, 8, 64))
+        args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
+        assert torch.equal(ops.operators.linear_wq(x, *args), ops.linear_wq(x, *args))
+    given = operands(weight("e3m2/channel", 8, 64))
+    args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
+    assert ops.operators.linear_wq(x.double(), *args).dtype == torch.float64
+
+
+def test_without_a_compiler_it_says_so_once_and_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> cpu_library.Compiler:
+        raise KernelError("no C++ compiler found")
+
+    monkeypatch.setattr(cpu_library, "compiler", none)
+    for memory in (cpu_library.library, cpu.available, cpu.works):
+        memory.cache_clear()
+    x, given = torch.randn(3, 64), operands(weight("e3m2/channel", 8, 64))
+    args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
+    try:
+        with pytest.warns(UserWarning, match="no C\\+\\+ compiler found"):
+            got = ops.operators.linear_wq(x, *args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = ops.operators.linear_wq(x, *args)
+        assert torch.equal(got, ops.linear_wq(x, *args))
+        assert torch.equal(got, again)
+    finally:
+        for memory in (cpu_library.library, cpu.available, cpu.works):
+            memory.cache_clear()
+
+
+def test_an_instruction_set_that_is_not_here_is_named() -> None:
+    with pytest.raises(KernelError, match="this CPU has no mmx2; it has"):
+        cpu_library.library("mmx2")
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_source, "header", lambda: "#error no")
+    with pytest.raises(KernelError, match=r"does not compile the CPU kernels: (?s:.*)error"):
+        cpu_library._compiled(cpu_library.compiler(), ("-std=c++17", "-DFXQ_ISA=x"), '#include "gemm.h"\n')
