@@ -122,6 +122,18 @@ def test_every_public_name_resolves() -> None:
     assert all(getattr(fxquant, name) is not None for name in fxquant.__all__)
 
 
+def test_no_two_sources_of_codegen_are_alike() -> None:
+    """No file shares more than a third of its lines with another, imports and single words aside."""
+    lines = {}
+    for path in sorted({*(ROOT / "codegen").rglob("*.py"), *(ROOT / "codegen").rglob("*.j2")}):
+        stripped = [line.strip() for line in path.read_text().splitlines()]
+        lines[path.name] = [q for q in stripped if len(q) > 8 and not q.startswith(("import ", "from ", "#"))]
+    for name, own in lines.items():
+        for other, theirs in lines.items():
+            shared = sum(line in set(theirs) for line in own) if name != other else 0
+            assert shared <= len(own) / 3, f"{shared} of {len(own)} lines of {name} stand in {other}"
+
+
 def test_packages_are_complete() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {"fxquant." + m.removesuffix(".__init__") for m in SOURCES if m.endswith(".__init__")} | {"fxquant"}
