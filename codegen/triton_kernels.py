@@ -54,16 +54,15 @@ class Tile:
 
 
 _DECODE = Tile("decode", 16, 64, warps=2, stages=4, archs=BIG, splits=4)
-_PREFILL = Tile("prefill", 64, 128, warps=4, stages=3, archs=(80,))
+_PREFILL = Tile("prefill", 64, 128, warps=4, stages=3, archs=(80, 90), swap=True)
 HALF_TILES = (
     _DECODE,
     replace(_DECODE, stages=3, archs=SMALL),
     replace(_DECODE, kind="decode-group", group=64),
     replace(_DECODE, kind="decode-group", group=64, stages=3, archs=SMALL),
-    _PREFILL,
-    replace(_PREFILL, stages=2, BM=32, archs=SMALL),
-    replace(_PREFILL, swap=True, archs=(90,)),  # wgmma: W is the operand of 64 rows and more, from registers
-    replace(_PREFILL, stages=2, archs=(100, 103)),
+    _PREFILL,  # on Hopper wgmma: W is the operand of 64 rows and more, from registers
+    replace(_PREFILL, stages=2, BM=32, swap=False, archs=SMALL),
+    replace(_PREFILL, stages=2, swap=False, archs=(100, 103)),
 )
 """Activations of 16 bits."""
 _DECODE8 = Tile("decode-fp8", 16, 64, warps=4, stages=4, archs=(90,), splits=4, swap=True)
@@ -198,6 +197,6 @@ def _fitted(tile: Tile, of: Decoding) -> Tile:
     """A tile for blocks that may be longer than ``BLOCK``, and so take more shared memory."""
     if of.block <= BLOCK:
         return tile
-    if tile.kind == "prefill" and tile.archs != (80,) and not tile.swap:
+    if tile.kind == "prefill" and not tile.swap:
         return replace(tile, BM=tile.BM // 2, BN=64)
     return replace(tile, stages=max(tile.stages - 1, 2))

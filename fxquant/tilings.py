@@ -10,11 +10,18 @@ is some of its places, stored in one word, rotated::
 
     group g = rotl(word, by) & mask | rotl(other, by') & mask'
 
-Bits of ``n`` places, in lanes of L bits, fill ``n / gcd(n, L)`` words with ``L / gcd(n, L)`` groups. ``tile`` looks
-for the split into the fewest pieces whose translates tile those words without a gap (a cyclic exact cover): first with
-every word full of one piece, which is a plane of bits (6 = 4 + 2, ZeroQuant(4+2)), then with words shared. It takes,
-among those it meets, the one of fewest operations. This is how every format gets its layout for kernels: none is
-listed.
+Bits of ``n`` places, in lanes of L bits, fill ``n / gcd(n, L)`` words with ``L / gcd(n, L)`` groups without a gap (a
+cyclic exact cover). ``tile`` looks for the tiling of fewest operations in two ways. All groups in the same pieces:
+first with every word full of one piece, which is a plane of bits (6 = 4 + 2, ZeroQuant(4+2)), then with words shared.
+Or each word holds one whole group in its place, which takes a mask and no shift, and the gaps between hold the pieces
+of the others. E3M2 so takes 9 operations for 4 groups, and 13 in planes of 4 and 2 bits::
+
+    groups 0, 1, 2         7 . . 4 3 2 1 0      one in each word, bits 6 and 5 are free
+    group 3                7 . . . . . . 0      from word 0, rotated by 2
+                           . . . 4 3 . . .      from word 1, shifted by 2
+                           . . . . . 2 1 .      from word 2, shifted by 4
+
+This is how every format gets its layout for kernels: none is listed.
 """
 
 from __future__ import annotations
@@ -24,12 +31,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from fxquant.bitops import Expr, rotl, word
 from fxquant.errors import FormatError
 
 NODES = 200
 """Steps after which the search gives a split up; raised to 20000, it found nothing better for any format."""
+STEPS, FOUND = 1000, 300
+"""Steps after which filling gaps gives a number of pieces up, and how many fillings are compared; ten times as many
+of both found nothing better for any format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +100,22 @@ def tile(places: tuple[int, ...], lane: int, *, wrap: bool = True) -> Tiling:
         raise FormatError(f"places {places} are not different bits of a lane of {lane}")
     shared = math.gcd(len(places), lane)
     groups, words = lane // shared, len(places) // shared
+    alike = _alike(places, groups, words, lane, wrap=wrap)
+    most = _operations(alike) if alike else len(places) * groups
+    at_home = _at_home(places, groups, words, lane, wrap=wrap, most=most)
+    if found := [tiling for tiling in (alike, at_home) if tiling]:
+        return min(found, key=_operations)
+    raise FormatError(f"found no way to tile words of lanes of {lane} bits with places {places}")
+
+
+def _alike(places: tuple[int, ...], groups: int, words: int, lane: int, *, wrap: bool) -> Tiling | None:
+    """The split into the fewest pieces that is found to tile the words, every group in the same."""
     splits = list(_splits(tuple(sorted(places, reverse=True))))
     for count, planes in itertools.product(range(1, len(places) + 1), (True, False)):
         covers = (_cover(s, groups, words, lane, wrap=wrap, planes=planes) for s in splits if len(s) == count)
         if found := [tiling for tiling in covers if tiling]:
             return min(found, key=_operations)
-    raise FormatError(f"found no way to tile words of lanes of {lane} bits with places {places}")
+    return None
 
 
 def _splits(places: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -147,6 +168,68 @@ def _cover(
     if not place(0):
         return None
     return Tiling(lane, words, tuple(_joined([chosen[g, i] for i in range(len(split))]) for g in range(groups)))
+
+
+def _at_home(places: tuple[int, ...], groups: int, words: int, lane: int, *, wrap: bool, most: int) -> Tiling | None:
+    """A group whole and unmoved in each word, the others in as few pieces as are found to fill the gaps; None where
+    that takes ``most`` operations."""
+    whole = sum(1 << p for p in places)
+    ways = {mask: tuple(_placed(mask, lane, wrap)) for mask in _subsets(whole)}
+    home = tuple((Piece(at, 0, whole),) for at in range(min(words, groups)))
+    gaps = tuple((1 << lane) - 1 & ~(whole if at < len(home) else 0) for at in range(words))
+    for budget in range(2 * (groups - len(home)), most - len(home)):
+        filled = itertools.islice(_fill(gaps, (), groups - len(home), budget, whole, ways, [STEPS], set()), FOUND)
+        tilings = (Tiling(lane, words, home + tuple(_joined(list(pieces)) for pieces, _ in g)) for g in filled)
+        if best := min(tilings, key=_operations, default=None):
+            return best
+    return None
+
+
+_Begun = tuple[tuple[tuple[Piece, ...], int], ...]
+
+
+def _fill(
+    free: tuple[int, ...], begun: _Begun, left: int, budget: int, whole: int,
+    ways: dict[int, tuple[tuple[int, int, int], ...]], steps: list[int], dead: set[Any],
+) -> Iterator[_Begun]:  # fmt: skip
+    """Ways to fill the ``free`` bits of words with groups: ``begun`` ones, each with its pieces and the bits that it
+    lacks, and ``left`` new ones, in at most ``budget`` pieces. ``dead``: states that were seen to lead nowhere."""
+    at = next((at for at, gap in enumerate(free) if gap), None)
+    if at is None:
+        yield begun
+        return
+    lacking = tuple(sorted(rest for _, rest in begun if rest))
+    state = (free, lacking, left, budget)
+    if steps[0] <= 0 or len(lacking) + 2 * left > budget or state in dead:
+        return
+    steps[0] -= 1
+    bit, some = free[at] & -free[at], False
+    for g, (pieces, rest) in enumerate((*begun, *([((), whole)] if left else []))):
+        for mask, by, stored in ways.get(rest, ()):
+            if stored & bit and not stored & ~free[at]:
+                gap = (*free[:at], free[at] & ~stored, *free[at + 1 :])
+                more = (*begun[:g], ((*pieces, Piece(at, by, mask)), rest & ~mask), *begun[g + 1 :])
+                for found in _fill(gap, more, left - (g == len(begun)), budget - 1, whole, ways, steps, dead):
+                    some = True
+                    yield found
+    if not some and steps[0] > 0:
+        dead.add(state)
+
+
+def _placed(mask: int, lane: int, wrap: bool) -> Iterator[tuple[int, int, int]]:
+    """(piece, rotation, stored bits) of every piece of a mask, the large ones first."""
+    for piece in sorted(_subsets(mask), key=lambda m: (-m.bit_count(), -m)):
+        bits = tuple(p for p in range(lane) if piece >> p & 1)
+        for by, stored in _ways(bits, lane, wrap):
+            yield piece, by, stored
+
+
+def _subsets(mask: int) -> Iterator[int]:
+    """The non-empty subsets of the bits of a mask, the mask first."""
+    part = mask
+    while part:
+        yield part
+        part = (part - 1) & mask
 
 
 def _ways(piece: tuple[int, ...], lane: int, wrap: bool) -> Iterator[tuple[int, int]]:

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.bitops import cost, trace
+from fxquant.decodings import decoding
 from fxquant.errors import FormatError
+from fxquant.formats import parse_format
 from fxquant.layouts import Layout, Stream, reference_unpack
 from fxquant.packing import pack, unpack
-from fxquant.tilings import tile
+from fxquant.tilings import Tiling, tile
 
 
 @st.composite
@@ -57,12 +59,27 @@ def test_layouts_of_tilings_pack(where: tuple[tuple[int, ...], int], wrap: bool,
     assert torch.equal(unpack(packed, layout, shape), codes)
 
 
+def operations(tiling: Tiling) -> int:
+    """Masks and merges, and different shifts."""
+    pieces = [piece for group in tiling.groups for piece in group]
+    return len(pieces) + len({(piece.word, piece.by) for piece in pieces if piece.by})
+
+
 def test_the_picture_of_the_module() -> None:
-    """FP6 as the high byte of a float16: planes of 2 and 4 bits, four groups in three words."""
+    """FP6 as the high byte of a float16: of four groups in three words three lie in place, one in the gaps."""
     tiling = tile((0, 1, 2, 3, 4, 7), 8)
     assert (tiling.words, len(tiling.groups)) == (3, 4)
-    assert {piece.mask for group in tiling.groups for piece in group} == {0b10010000, 0b00001111}
-    assert all(len(group) == 2 for group in tiling.groups)
+    assert [[(piece.by, piece.mask) for piece in group] for group in tiling.groups[:3]] == [[(0, 0b10011111)]] * 3
+    assert {piece.mask for piece in tiling.groups[3]} == {0b10000001, 0b00011000, 0b00000110}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    {"e3m2": 9, "e2m3": 23, "e2m2": 19, "e3m1": 22, "e2m1": 5, "e3m0": 5, "int4": 7, "int8": 3, "e5m2": 1}.items(),
+)
+def test_formats_take_few_operations(name: str, count: int) -> None:
+    layout = decoding(parse_format(name)).layout
+    assert operations(tile(layout.places, 32 // len(layout.lanes))) <= count
 
 
 def test_pieces_are_few() -> None:

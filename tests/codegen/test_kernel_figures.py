@@ -91,12 +91,8 @@ def test_decode_is_within_the_limits(rows: list[Row]) -> None:
         check_decode(row, logic=1.25, issued=2.45)
     for row in of(rows, *FP4):
         check_decode(row, logic=1.2, issued=2.7)
-    base = {row["arch"]: row for row in of(rows, *FP6)}
-    for row in of(rows, *LIKE_FP6):
-        like = base[row["arch"]]
-        check_decode(
-            row, logic=1.25 * like["logic_per_weight"], issued=1.25 * like["issued_per_weight"]
-        )  # a format whose fields lie less well costs a quarter more, not twice as much
+    for row in of(rows, *LIKE_FP6):  # a quarter more than FP6 E3M2 may cost; it is less
+        check_decode(row, logic=1.25, issued=2.45)
 
 
 @pytest.mark.slow
