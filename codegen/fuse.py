@@ -3,7 +3,7 @@
 ::
 
     linear(fake_quantize(x))            -> fused(x, input_spec)          W4A8: the kernel takes the codes of x
-    linear(x) + linear(thin, U)         -> fused(x, thin, dequantize(U))             LoRC, thin = linear(x, V)
+    linear(x) + linear(thin, U)         -> fused(x, thin, U)            LoRC, thin = linear(x, V); U decoded now
     gelu | silu | relu (linear(x))      -> fused(x, activation)
     linear(x) + residual                -> fused(x, residual)
 
@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import fx
 
-from fxquant.graph import TensorType, info, tensor_type, update_info
+from fxquant.graph import info, tensor_type, update_info
 from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, copied
 from fxquant.qdq import rounding_spec
-from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten
+from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch, free_name
 
 _LINEARS = (ops.linear_wq.default, ops.linear_wq_fused.default)
 _ACTIVATIONS = {aten.relu.default: "relu", aten.silu.default: "silu", aten.gelu.default: "gelu"}
@@ -68,15 +68,15 @@ def fuse_compensation(match: Match) -> fx.Node | Decline:
     given = _named(wide)
     if wide.target is not ops.linear_wq.default or given.get("bias") is not None:
         return Decline("the compensation is not a plain product")
-    out = tensor_type(match.node)
-    U = match.call(
-        ops.dequantize_packed.default, *(given[k] for k in ("packed", "scale", "zero_point", "spec", "shape")),
-        **{k: given[k] for k in ("tensor_scale", "exponent_bias") if given.get(k) is not None},
-        dtype=out.dtype,
+    operands = {
+        k: fetch(match.gm, str(v.target)) if isinstance(v, fx.Node) else v for k, v in given.items() if k != "x"
+    }
+    U = ops.dequantize_packed(
+        *(operands[k] for k in ("packed", "scale", "zero_point", "spec", "shape")),
+        *(operands.get(k) for k in ("tensor_scale", "exponent_bias")), dtype=tensor_type(match.node).dtype,
     )  # fmt: skip
-    U._rename(f"{wide.name}_factor")
-    update_info(U, weight=info(wide).weight, type=TensorType(out.dtype, tuple(given["shape"])), path=info(wide).path)
-    return _fused(match, base, thin=given["x"], wide=U)
+    name = free_name(match.gm, str(given["packed"].target).removesuffix("_packed"))
+    return _fused(match, base, thin=given["x"], wide=match.constant(name, U))
 
 
 def fuse_activation(match: Match) -> fx.Node | Decline:

@@ -143,8 +143,9 @@ def linear(
         rows, row_scale = run_round(rows, parse_spec(rounding.spec).format, rounding.scale, kernel)
     elif x.dtype == torch.bfloat16:
         rows, row_scale = run_to_half(rows)
-    timed = tuning.stored(gpu.name).get(tuning.key(M, weight))
-    chosen = timed or tiles.tiles(M, N, tuning.steps(weight), sms=gpu.sms, arch=gpu.arch)
+    timed = tuning.stored(gpu.name)
+    found = timed.get(tuning.key(M, weight)) if timed else None
+    chosen = found or tiles.tiles(M, N, tuning.steps(weight), sms=gpu.sms, arch=gpu.arch)
     own = flat if flat.thin is None or flat.thin.dtype in _SIXTEEN else Epilogue(flat.bias)
     y = run_gemm(rows, weight, chosen, row_scale=row_scale, epilogue=own, dtype=x.dtype, use_asm=use_asm)
     if own is not flat:  # float32 factors, which the kernel would multiply as TF32
@@ -226,17 +227,20 @@ def autotune(gm: fx.GraphModule, rows: Sequence[int] = (1,), *, progress: Progre
     """
     found: dict[str, tiles.Tiles] = {}
     targets = (_linear, ops.operators.linear_wq_fused.default)
-    weights = [_operands(gm, node) for node in gm.graph.nodes if node.target in targets]
-    for done, weight in enumerate(weights):
-        progress("autotune", done, len(weights))
+    nodes = [node for node in gm.graph.nodes if node.target in targets]
+    for done, node in enumerate(nodes):
+        progress("autotune", done, len(nodes))
+        weight, rounding = _operands(gm, node), _rounding(gm, node)
         if not weight.packed.is_cuda:
             raise InputError(f"a weight is on {weight.packed.device}; tiles are timed on a GPU: move the model there")
         gpu = device(weight.packed.device.index)
         if reason := no_kernels(gpu):
             raise InputError(f"no tiles to time: {reason}")
-        kernel = prepare(weight)
+        kernel = prepare(weight) if rounding is None else plan(weight, rounding, arch=gpu.arch)
         if isinstance(kernel, Declined):
             continue
+        if isinstance(kernel, RoundedProduct):
+            kernel = kernel.weight
         for M in rows:
             if not 1 <= M < tiles.DENSE:
                 raise InputError(f"rows is {M}; expected 1 to {tiles.DENSE - 1}, above which W is decoded once")
@@ -250,10 +254,23 @@ def autotune(gm: fx.GraphModule, rows: Sequence[int] = (1,), *, progress: Progre
 
 def _operands(gm: fx.GraphModule, node: fx.Node) -> Operands:
     """The weight of a packed linear's node."""
-    named = {a.name: v for a, v in zip(_linear._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
-    value: dict[str, Any] = {k: named.get(k) for k in _OPERANDS}
-    value |= {k: fetch(gm, str(v.target)) for k, v in value.items() if isinstance(v, fx.Node)}
+    value = _values(gm, node, _OPERANDS)
     return Operands(**{**value, "shape": tuple(value["shape"])})
+
+
+def _rounding(gm: fx.GraphModule, node: fx.Node) -> InputRounding | None:
+    """How the input of a packed linear's node is rounded."""
+    value = _values(gm, node, ("input_spec", "input_scale", "input_bias", "shifted"))
+    if not value["input_spec"]:
+        return None
+    return InputRounding(value["input_spec"], value["input_scale"], value["input_bias"], bool(value["shifted"]))
+
+
+def _values(gm: fx.GraphModule, node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a node by name, None where they are left out, constants as their tensors."""
+    given = {a.name: v for a, v in zip(_linear._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
+    found: dict[str, Any] = {name: given.get(name) for name in names}
+    return {k: fetch(gm, str(v.target)) if isinstance(v, fx.Node) else v for k, v in found.items()}
 
 
 _OPERANDS = ("packed", "scale", "zero_point", "spec", "shape", "tensor_scale", "exponent_bias")

@@ -70,7 +70,8 @@ def plan(weight: Operands, rounding: InputRounding, *, arch: int) -> RoundedProd
         down = min(max(0, high - window[1]), low - window[0])  # the least that brings both ends inside
         kernel = _for_target(own, target)
         if isinstance(kernel, KernelWeight):
-            before = None if rounding.exponent_bias is None else rounding.exponent_bias.int()
+            own_bias = rounding.exponent_bias
+            before = None if own_bias is None else remember(own_bias.int, "before", own_bias)
             return RoundedProduct(kernel, target, before, after, down)
         reason = kernel.reason
     return Declined(reason)

@@ -12,6 +12,7 @@ where a warp group's instruction reads it from there.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from fxquant.codegen.variants import ARCHS
 
@@ -47,6 +48,7 @@ class Steps:
     x_bytes: int = 2
 
 
+@lru_cache(maxsize=4096)
 def tiles(M: int, N: int, K: Steps, *, sms: int, arch: int) -> Tiles:
     """The tiles of ``[M, K] @ [K, N]`` on a device of ``sms`` multiprocessors and architecture ``arch`` (90: sm_90)."""
     BM, BN, warps, swap = _shape(M, arch, byte=K.x_bytes == 1)

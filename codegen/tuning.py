@@ -41,9 +41,10 @@ def key(M: int, weight: KernelWeight) -> str:
 
 def tune(M: int, weight: KernelWeight, *, gpu: str, sms: int, arch: int, time: Timer) -> Tiles:
     """Time the candidates for ``M`` rows, keep the fastest for GPUs of that name, and return it."""
-    x = torch.randn(M, weight.cols, dtype=torch.float32, device=weight.words.device).half()
+    x = torch.randn(M, weight.cols, device=weight.words.device).half()
+    x = x if weight.decoding.target is None else x.to(torch.float8_e4m3fn)
     tried = candidates(M, weight.rows, steps(weight), sms=sms, arch=arch)
-    best = min(tried, key=lambda chosen: time(lambda: run_gemm(x, weight, chosen)))
+    best = min(tried, key=lambda chosen: time(lambda: run_gemm(x, weight, chosen, dtype=torch.float16)))
     kept = {**stored(gpu), key(M, weight): best}
     text = json.dumps({"gpu": gpu, "tiles": {k: astuple(v) for k, v in sorted(kept.items())}}, indent=1)
     kernel_cache.write_bytes(_file(gpu), text.encode())

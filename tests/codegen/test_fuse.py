@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxquant
+from fxquant.codegen import launch
 from fxquant.codegen.fuse import FUSE_EPILOGUES, fused
 from fxquant.compiled import CompiledModel
 from fxquant.errors import InputError
@@ -99,6 +100,18 @@ def test_a_copy_on_another_device_is_a_model_of_its_own(x: Tensor) -> None:
     assert all(value.is_meta for value in tensors(meta.program.gm).values())
     with pytest.raises(InputError, match="a weight is on cpu; tiles are timed on a GPU"):
         model.autotune()
+
+
+def test_tiles_are_timed_for_the_kernels_that_run(x: Tensor) -> None:
+    model = compiled(Block(), "W4A8-FP", x)
+    quick = fused(model.program)
+    for node in quick.gm.graph.find_nodes(op="call_function", target=ops.linear_wq_fused.default):
+        weight, rounding = launch._operands(quick.gm, node), launch._rounding(quick.gm, node)
+        weight.check()
+        assert rounding is not None
+        found = launch.plan(weight, rounding, arch=90)
+        assert isinstance(found, launch.RoundedProduct)
+        assert str(found.x) == "e4m3"
 
 
 class Ramp(nn.Module):

@@ -35,15 +35,13 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "arch", [80, pytest.param(90, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 120])
 @pytest.mark.parametrize("name", CASES)
 def test_compiles_and_spills_nothing(tmp_path: Path, name: str, arch: int) -> None:
     signature, constants = CASES[name]
-    source = (
-        triton_source.rows() if name.startswith(("to", "round")) else triton_source.gemm(decoding(parse_format("e3m2")))
-    )
+    rows = name.startswith(("to", "round"))
+    source = triton_source.rows() if rows else triton_source.gemm(decoding(parse_format("e3m2")))
     path = tmp_path / f"{source.name}.py"
     path.write_text(source.text)
     function = name.removesuffix("_to_bytes") if name != "round_rows_to_half" else "round_rows"

@@ -36,12 +36,11 @@ def rows(M: int, K: int) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float32), (90, torch.float16), (90, torch.bfloat16)])
 @pytest.mark.parametrize("spec", ["e4m3/token", "e5m2/token", "e2m1/token", "e3m2/token", "int8/token", "e3m4/token"])
 def test_token_rows_are_those_of_the_reference(spec: str, arch: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = rows(6, 300).to(dtype)
+    x = rows(4, 300).to(dtype)
     found = planned(operands("e2m1/channel"), InputRounding(spec), arch)
     assert (found.x is None) == (arch == 80 or spec in ("int8/token", "e3m4/token"))
     codes, scale = run_round(x, parse_spec(spec).format, None, found)
@@ -104,8 +103,7 @@ def test_rows_with_nan_or_inf_become_nan() -> None:
 @pytest.mark.parametrize(
     ("spec", "input_spec"),
     [
-        ("e2m1/channel", "e4m3/token"), ("e3m2/channel", "e4m3/token"), ("e2m1/group64:m2", "e4m3/token"),
-        ("e4m3/channel", "e4m3/token"), ("e2m1/channel", "e2m1/token"), ("e2m1/group48", "e5m2/token"),
+        ("e3m2/channel", "e4m3/token"), ("e2m1/group64:m2", "e4m3/token"), ("e2m1/group48", "e5m2/token"),
         ("int8/channel", "int8/token"), ("uint4/group64", "e4m3/token"),
     ],
 )  # fmt: skip
@@ -124,8 +122,9 @@ def test_the_product_is_that_of_the_rounded_values(spec: str, input_spec: str, g
     assert bool(((got.double() - value @ w.T).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("M", [3, 260])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "M"), [(torch.float16, 3), (torch.bfloat16, 3), (torch.float32, 3), (torch.bfloat16, 260)]
+)
 def test_everything_around_a_linear_at_once(dtype: torch.dtype, M: int) -> None:
     torch.manual_seed(0)
     weight = operands("e2m1/group64", (48, 128))
