@@ -11,7 +11,6 @@ Groups that do not fill whole slices are padded; x has zeros there. Prepared onc
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -101,9 +100,6 @@ def prepare(weight: Operands, target: FloatFormat | None = None, *, run: int = 0
     return remember(lambda: _prepare(weight, target, run), what, *weight.tensors)
 
 
-_PROMOTE = 128
-
-
 def _prepare(weight: Operands, target: FloatFormat | None, run: int) -> KernelWeight | Declined:
     spec = parse_spec(weight.spec)
     if isinstance(spec.granularity, PerChannel) and spec.granularity.axis:
@@ -153,15 +149,9 @@ def _pack(d: Decoding, codes: Tensor, given: Scales, spec: QuantSpec, group: int
         zero = _by_group(given.zero_point.float() * 2.0**-d.log2, spec, (rows, cols), reached).half()
     return KernelWeight(
         d, words.reshape(rows, blocks, len(d.words), d.run), scale, zero, rows, cols, group, padded,
-        every=math.gcd(d.slices, padded // d.width) if group else _every(d),
+        every=d.every(padded),
         even=cols % d.block == 0 and padded == group,
     )  # fmt: skip
-
-
-def _every(d: Decoding) -> int:
-    """Slices that are summed at once under one scale: all, or such as make 128 columns, since Hopper's FP8 products
-    add with fewer bits than float32's."""
-    return d.slices if d.target is None else math.gcd(d.slices, max(1, _PROMOTE // d.width))
 
 
 def _pad_groups(codes: Tensor, group: int, padded: int) -> Tensor:

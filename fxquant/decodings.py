@@ -35,6 +35,8 @@ BLOCK = 256
 """Columns of a tile, unless a group of scales asks for fewer: a step of a kernel's loop."""
 SMALLEST_SLICE = {True: 8, False: 32}
 """Units side by side, at least: for float16 (True) two columns of each make the 16 that a dot takes, for bytes 32."""
+EXACT = 128
+"""Columns of byte floats whose products are summed at once: Hopper's tensor cores add with fewer bits than float32."""
 WASTE = 1 / 16
 """How much longer than with the smallest block a row may get for the sake of a larger one."""
 HALF = FloatFormat(5, 2, 15, "ieee")
@@ -80,6 +82,15 @@ class Decoding:
     def width(self) -> int:
         """Columns of a slice."""
         return self.run * (2 if self.target is None else 1)
+
+    def every(self, padded: int) -> int:
+        """Slices after which a kernel scales its sum: as many as divide a block and lie in one group.
+
+        ``padded``: the columns that a group of scales takes when packed, 0 for a scale a row. For byte floats no more
+        than ``EXACT`` columns either way.
+        """
+        columns = padded if self.target is None else math.gcd(padded, EXACT)
+        return math.gcd(self.slices, columns // self.width) if columns else self.slices
 
     @cached_property
     def outputs(self) -> tuple[Expr, ...]:
