@@ -1,8 +1,8 @@
 """The catalogue: which kernels there are for a format, and in which tiles and for which architectures each is compiled.
 
 Families are modules of kernels (``triton_source``): ``weight_only_<format>`` for activations of 16 bits,
-``fp8_<format>_e4m3`` for activations of FP8, ``mx_...`` and ``nv_...`` where both sides have scales of blocks. Tiles are
-those that a launch takes (``tiles``), so what is compiled and counted here is what runs.
+``fp8_<format>_e4m3`` for activations of FP8, ``mx_...`` and ``nv_...`` where both sides have scales of blocks. Tiles
+are those that a launch takes (``tiles``), so what is compiled and counted here is what runs.
 """
 
 from __future__ import annotations
