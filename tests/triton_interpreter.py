@@ -11,8 +11,8 @@ bfloat16, FP8            dot, +, * and compare of bfloat16 work on     dot widen
                          to bfloat16 is truncated, subnormals of       nearest even, to FP8 no further than its
                          E5M2 become 0 as float16, scales of E4M3      largest number
                          are taken for E8M0
-loads and stores         anywhere                                      inside the memory that ``within`` names, else
-                                                                       an error
+loads and stores         anywhere                                      inside the memory that ``within`` names, and
+                                                                       each element written once, else an error
 =======================  ============================================  ================================================
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,11 +40,10 @@ GROUPINGS = 2
 _NAMES = ("create_dot", "binary_op", "unary_op", "create_masked_load", "create_masked_store")
 _original = {name: getattr(InterpreterBuilder, name) for name in _NAMES}
 _original_scale = interpreter._dot_scaled_scale_to_f32
-_memory: list[tuple[NDArray[np.uint64], NDArray[np.uint64]]] = []
 
 
-class OutOfBoundsError(Exception):
-    """A kernel reads or writes what is not its own."""
+class MemoryFaultError(Exception):
+    """A kernel reads or writes what is not its own, or what another program writes."""
 
 
 def install() -> None:
@@ -169,13 +169,42 @@ def unary_op(self: Any, x: TensorHandle, op: Any) -> TensorHandle:
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Memory:
+    """Addresses of elements, sorted; of those that may be written, whether they are."""
+
+    readable: NDArray[np.uint64]
+    writable: NDArray[np.uint64]
+    written: NDArray[np.bool_]
+
+    def read(self, used: NDArray[np.uint64]) -> None:
+        owned = _among(used, self.readable)
+        owned |= _among(used, self.writable[self.written])
+        if not owned.all():
+            raise MemoryFaultError(f"{_count(~owned)} addresses read are outside, or not yet written")
+
+    def write(self, used: NDArray[np.uint64]) -> None:
+        owned = _among(used, self.writable)
+        if not owned.all():
+            raise MemoryFaultError(f"{_count(~owned)} addresses written are outside")
+        at = np.searchsorted(self.writable, used)
+        again = self.written[at].sum() + len(at) - len(np.unique(at))
+        if again:
+            raise MemoryFaultError(f"{again} of {len(at)} addresses are written twice: the order may differ on a GPU")
+        self.written[at] = True
+
+
+_memory: list[Memory] = []
+
+
 @contextmanager
 def within(readable: Sequence[Tensor], writable: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Kernels may read the elements of these tensors and write those of ``writable``, and nothing else.
+    """Kernels may read the elements of ``readable``, write those of ``writable`` once each, and read them from then on.
 
-    Of a strided tensor, what lies between its elements is not its own. Raises OutOfBoundsError.
+    Of a strided tensor, what lies between its elements is not its own. Raises MemoryFaultError.
     """
-    _memory.append((_addresses([*readable, *writable]), _addresses(writable)))
+    own = _addresses(writable)
+    _memory.append(Memory(_addresses(readable), own, np.zeros(len(own), np.bool_)))
     try:
         yield
     finally:
@@ -193,23 +222,27 @@ def _addresses(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
     return np.unique(np.concatenate(found)).astype(np.uint64)
 
 
-def _check(what: str, allowed: NDArray[np.uint64], ptrs: TensorHandle, mask: TensorHandle) -> None:
-    used = np.unique(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.uint64))
-    at = np.searchsorted(allowed, used).clip(max=max(len(allowed) - 1, 0))
-    if len(used) and (not len(allowed) or bool((allowed[at] != used).any())):
-        wrong = used if not len(allowed) else used[allowed[at] != used]
-        raise OutOfBoundsError(
-            f"{len(wrong)} of {len(used)} addresses {what} are outside, the first {int(wrong[0]):#x}"
-        )
+def _among(used: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    if not len(known):
+        return np.zeros(len(used), np.bool_)
+    return known[np.searchsorted(known, used).clip(max=len(known) - 1)] == used
+
+
+def _count(wrong: NDArray[np.bool_]) -> str:
+    return f"{int(wrong.sum())} of {len(wrong)}"
+
+
+def _used(ptrs: TensorHandle, mask: TensorHandle) -> NDArray[np.uint64]:
+    return ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].astype(np.uint64)
 
 
 def create_masked_load(self: Any, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
     if _memory:
-        _check("read", _memory[-1][0], ptrs, mask)
+        _memory[-1].read(np.unique(_used(ptrs, mask)))
     return _original["create_masked_load"](self, ptrs, mask, *rest)
 
 
 def create_masked_store(self: Any, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
     if _memory:
-        _check("written", _memory[-1][1], ptrs, mask)
+        _memory[-1].write(_used(ptrs, mask))
     return _original["create_masked_store"](self, ptrs, value, mask, *rest)

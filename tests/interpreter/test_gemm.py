@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import ACTIVATIONS, Case, bound, launch, operands, steps, wanted
+from kernel_cases import ACTIVATIONS, Case, bound, kernels, launch, operands, steps, wanted
 from triton_interpreter import within
 
 from fxquant.decodings import KERNEL_FORMATS, decodes
@@ -98,6 +98,20 @@ def test_the_whole_epilogue(activation: str) -> None:
     for way in WAYS.values():
         check(replace(WHOLE, activation=activation, **way))
     check(replace(WHOLE, activation=activation, exact=False))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_close(activation: str) -> None:
+    """On sums that are given, from -12 to 12 and far beyond: within 4 roundings of the argument."""
+    y = torch.cat([torch.linspace(-12, 12, 1920), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 3e4, -3e4])])
+    y = y.reshape(1, 1, -1)
+    out, unused, N = torch.zeros(1, y.shape[2]), torch.zeros(1), y.shape[2]
+    kernels(PLAIN.decoding).reduce[(1, 1)](
+        y, unused, unused, unused, unused, unused, out, 1, N, 0, N, BM=1, BN=2048, SPLITS=1, ROW_SCALE=False,
+        BIAS=False, ACTIVATION=activation, RESIDUAL=False, RANK=0,
+    )  # fmt: skip
+    want = ACTIVATIONS[activation](y[0].double())
+    assert bool(((out.double() - want).abs() <= 4 * 2.0**-24 * y[0].double().abs()).all())
 
 
 @pytest.mark.parametrize("out", [torch.float16, torch.bfloat16], ids=str)

@@ -109,6 +109,24 @@ def test_dot_widens(of: torch.dtype) -> None:
     assert bool(out.any())
 
 
+@triton.jit
+def overlap(out, back, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at + tl.program_id(0) * (N - 1), tl.full((N,), 1.0, tl.float32))
+    tl.store(back + at + tl.program_id(0) * N, tl.load(out + at + tl.program_id(0)))
+
+
+def test_what_two_programs_write_is_refused() -> None:
+    """And what is read before it is written: neither shows where programs run one after the other."""
+    out, back = torch.zeros(64), torch.zeros(64)
+    with within([], [out, back]), pytest.raises(InterpreterError, match="1 of 16 addresses are written twice"):
+        overlap[(2,)](out, back, 16)
+    with within([], [out, back]), pytest.raises(InterpreterError, match="16 of 16 addresses read are outside, or not"):
+        add[(1,)](out, back, 16)
+    with within([], [out, back]):
+        overlap[(1,)](out, back, 16)
+
+
 @pytest.mark.parametrize(("kept", "what"), [(15, "read"), (16, "written")])
 def test_what_is_outside_is_refused(kept: int, what: str) -> None:
     x, out = torch.ones(16), torch.zeros(16)

@@ -106,7 +106,9 @@ def test_the_product(operands: Scaled, K: int, swap: bool) -> None:
 @pytest.mark.parametrize("operands", SCALED, ids=IDS)
 @pytest.mark.parametrize("splits", [2, 3, 8])
 def test_splits(operands: Scaled, splits: int) -> None:
-    check(Case(operands, M=17, N=5, K=500, splits=splits, bias=True))
+    """Of 4 blocks, so that some parts of K have fewer or none; with all of them within K, and not."""
+    for K in (500, 512):
+        check(Case(operands, M=17, N=5, K=K, splits=splits, bias=True))
 
 
 @pytest.mark.parametrize("out", [torch.float16, torch.bfloat16], ids=str)
