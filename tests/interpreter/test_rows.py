@@ -13,7 +13,7 @@ from fxquant.codegen.triton_source import rows
 @pytest.mark.parametrize("K", [1, 15, 16, 17, 64, 100])
 @pytest.mark.parametrize("gap", [0, 7])
 def test_to_half(K: int, gap: int) -> None:
-    """Integers of at most eight bits come back exactly, from rows of any size; the largest of a row is in [2^14, 2^15)."""
+    """Integers of at most eight bits come back exactly, from rows of any size; the largest then is in [2^14, 2^15)."""
     rng = torch.Generator().manual_seed(K)
     sizes = torch.exp2(torch.tensor([0.0, -100.0, 60.0, 3.0]))[:, None]
     numbers = torch.randint(-255, 256, (4, K), generator=rng)
