@@ -56,7 +56,7 @@ def tiles(M: int, N: int, K: Steps, *, sms: int, arch: int) -> Tiles:
     while stages > 2 and shared_bytes(BM, BN, K, stages=stages, arch=arch, swap=swap) > limit:
         stages -= 1
     while BM > 16 and shared_bytes(BM, BN, K, stages=stages, arch=arch, swap=swap) > limit:
-        BM //= 2
+        BM, warps = BM // 2, max(warps // 2, 4)  # as many values a thread as before
     programs = -(-M // BM) * -(-N // BN)
     return Tiles(BM, BN, _splits(programs, K.blocks, sms), swap, warps, stages)
 

@@ -94,10 +94,7 @@ class Case:
     @property
     def every(self) -> int:
         """Slices after which a sum is scaled: as many as divide a group."""
-        every = self.decoding.slices
-        while self.group and self.padded % (every * self.decoding.width):
-            every //= 2
-        return every
+        return self.decoding.every(self.padded)
 
 
 @cache

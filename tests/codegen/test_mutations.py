@@ -3,7 +3,8 @@
 Constants are masks, distances of shifts and rotations, selectors of ``prmt`` and tables of ``lop3``. Each is changed in
 every bit, and by one up and down. The proof is that of all codes in all slots (``test_decode_proofs``), run on the
 changed string by the emulator. A mutant that it does not catch must be equivalent, which is proven: all its results are
-the same Boolean functions of the stored bits. ``PYTHONPATH=tests python tests/codegen/test_mutations.py`` prints the score.
+the same Boolean functions of the stored bits. ``PYTHONPATH=tests python tests/codegen/test_mutations.py`` prints the
+score.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from fxquant.codegen import triton_source
 from fxquant.codegen.aot import compile_variant
 from fxquant.codegen.sass import statistics
 from fxquant.codegen.tiles import DENSE, Steps, shared_bytes, shared_limit, tiles
-from fxquant.codegen.triton_kernels import E4M3, SIGNATURE, WITH_FP8, every
+from fxquant.codegen.triton_kernels import E4M3, SIGNATURE, WITH_FP8
 from fxquant.codegen.variants import ARCHS, Variant
 from fxquant.decodings import decoding
 from fxquant.formats import parse_format
@@ -76,7 +76,7 @@ def test_compiled_kernels_are_what_tiles_promises(
     K = Steps(16, d.block, 6, 2 if target is None else 1)
     t = tiles(M, 4096, K, sms=132, arch=arch)
     constants = {
-        "BM": t.BM, "BN": t.BN, "RUN": d.run, "EVERY": every(d, 0), "GROUP": 0, "PADDED": 0, "EVEN": True,
+        "BM": t.BM, "BN": t.BN, "RUN": d.run, "EVERY": d.every(0), "GROUP": 0, "PADDED": 0, "EVEN": True,
         "SPLITS": t.splits, "SWAP": t.swap, "ZERO": False, "ROW_SCALE": True, "BIAS": True, "ACTIVATION": "gelu",
         "RESIDUAL": True, "RANK": 16, "USE_ASM": True,
     }  # fmt: skip
