@@ -2,7 +2,8 @@
 
 Families are modules of kernels (``triton_source``): ``weight_only_<format>`` for activations of 16 bits,
 ``fp8_<format>_e4m3`` for activations of FP8, ``mx_...`` and ``nv_...`` where both sides have scales of blocks. Tiles
-are those that a launch takes (``tiles``), so what is compiled and counted here is what runs.
+are those that a launch takes (``tiles``), so what is compiled and counted here is what runs. ``rows`` makes activations
+ready for the others.
 """
 
 from __future__ import annotations
@@ -73,6 +74,24 @@ SCALED_BLOCK = 256
 NEEDS_SCALED = "tensor cores that take scales came with sm_100; others decode the weights, by weight_only"
 
 
+ROWS = (
+    Variant(
+        "rows_to_half", "rows", "rows", "to_half",
+        {"x": "*bf16", "out": "*fp16", "row_scale": "*fp32", "K": "i32", "x_stride": "i32"}, {"BK": 1024},
+        aligned=frozenset(("x", "out", "row_scale", "K", "x_stride")), stages=1,
+    ),
+    Variant(
+        "rows_to_e4m3", "rows", "rows", "round_rows",
+        {"x": "*fp16", "given": "*fp32", "before": "*i32", "after": "*i32", "out": "*u8", "row_scale": "*fp32",
+         "K": "i32", "x_stride": "i32", "up": "fp32", "down": "fp32"},
+        {"MBITS": 3, "BIAS": 7, "MAX": 448.0, "INTEGER": False, "STATIC": False, "BEFORE": False, "AFTER": False,
+         "TO_MBITS": 3, "TO_BIAS": 7, "BK": 1024},
+        aligned=frozenset(("x", "given", "before", "after", "out", "row_scale", "K", "x_stride")), stages=1,
+    ),
+)  # fmt: skip
+"""What makes rows of activations ready: bfloat16 as float16 and a power of two, and E4M3 with a scale a token."""
+
+
 def variants(names: Sequence[str]) -> list[Variant]:
     """Every kernel of the formats, as it is compiled. Raises FormatError for a format without one."""
     found: list[Variant] = []
@@ -89,7 +108,7 @@ def variants(names: Sequence[str]) -> list[Variant]:
             for tile in SCALED_TILES
             if operands.x == operands.w or tile.archs != (120, 121)
         ]
-    return found
+    return [*found, *ROWS] if found else found
 
 
 def emit(family: str) -> str:
@@ -104,6 +123,7 @@ def sources(names: Sequence[str]) -> list[triton_source.Source]:
     return [
         *(triton_source.gemm(decoding(format, target)) for format, target in pairs),
         *(triton_source.scaled(operands) for operands in triton_source.SCALED if operands.w in names),
+        triton_source.rows(),
     ]
 
 
