@@ -59,6 +59,8 @@ def session(node: ir.Node, x: torch.Tensor, rows: int, threads: int) -> Call:
                      opset_imports={"": 21, "com.microsoft": 1}, name="product")  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # the threads of a session that has run would else spin on while another contender is timed
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     run = onnxruntime.InferenceSession(
         ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

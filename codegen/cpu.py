@@ -24,6 +24,7 @@ from fxquant import ops
 from fxquant.codegen.cpu_library import Library, library, threads
 from fxquant.codegen.cpu_source import FORMATS, RUN, cpu_decoding
 from fxquant.codegen.prepack import KernelWeight, Operands, prepare
+from fxquant.codegen.remember import remember
 from fxquant.errors import FxquantError
 from fxquant.formats import Format
 from fxquant.packing import pack
@@ -71,10 +72,11 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None, kernels: Librar
     rows = _arranged(x.reshape(-1, x.shape[-1]).float(), weight)
     y = torch.empty(len(rows), weight.rows)
     per_scale = weight.padded // weight.decoding.width if weight.group else weight.blocks * weight.decoding.slices
-    zero = None if weight.zero is None else weight.zero.float()
+    scale = _by_row(weight.scale)
+    zero = None if weight.zero is None else _by_row(weight.zero)
     failed = kernels.linear(
-        FORMATS.index(weight.decoding.format), weight.words.data_ptr(), weight.scale.data_ptr(),
-        None if zero is None else zero.data_ptr(), weight.rows, weight.blocks, per_scale,
+        FORMATS.index(weight.decoding.format), weight.words.data_ptr(), scale.data_ptr(),
+        None if zero is None else zero.data_ptr(), weight.rows, weight.blocks, scale.shape[1], per_scale,
         rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), y.stride(0),
         threads(len(rows) * weight.rows * weight.cols),
     )  # fmt: skip
@@ -83,6 +85,11 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None, kernels: Librar
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
+
+
+def _by_row(value: Tensor) -> Tensor:
+    """Values of groups ``[groups, N]`` as float32 ``[N, groups]``, as the kernels read them; made once."""
+    return remember(lambda: value.T.float().contiguous(), "by row", value)
 
 
 def _arranged(rows: Tensor, weight: KernelWeight) -> Tensor:
@@ -107,8 +114,8 @@ def gives_products(kernels: Library, format: Format) -> bool:
     for M in (1, 3):
         y = torch.empty(M, 5)
         failed = kernels.linear(
-            FORMATS.index(format), words.data_ptr(), scale.data_ptr(), None, 5, 1, of.slices, x.data_ptr(), M, of.block,
-            y.data_ptr(), 5, 1,
+            FORMATS.index(format), words.data_ptr(), scale.data_ptr(), None, 5, 1, 1, of.slices,
+            x.data_ptr(), M, of.block, y.data_ptr(), 5, 1,
         )  # fmt: skip
         if failed or not bool(((y.double() - want[:M]).abs() <= bound[:M]).all()):
             return False

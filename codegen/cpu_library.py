@@ -129,7 +129,7 @@ def library(name: str = "") -> Library:
 
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS = [_I, _P, _P, _P, _I, _I, _I, _P, _I, _I, _P, _I, _I]
+_ARGUMENTS = [_I, _P, _P, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I]
 
 
 def _compiled(with_: Compiler, flags: tuple[str, ...], text: str) -> bytes:

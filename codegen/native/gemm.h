@@ -5,8 +5,8 @@
 // (fxquant.decodings, units of 8 words side by side):
 //
 //     words   uint32 [N][blocks][WORDS][8]        decode: WORDS vectors -> SLICES vectors of 16 float16,
-//     scale   float  [groups][N]                          slice s has columns 16 s .. 16 s + 15 of the block
-//     zero    float  [groups][N] or null          W = (float16 - zero) * scale
+//     scale   float  [N][groups]                          slice s has columns 16 s .. 16 s + 15 of the block
+//     zero    float  [N][groups] or null          W = (float16 - zero) * scale
 //
 // Every y[m][n] is summed by one thread, in an order that depends on nothing but the shape: the same bits for any number
 // of threads.
@@ -32,6 +32,7 @@ constexpr int R = 4, C = 3; // of 16 registers
 constexpr int RUN = 8;     // words of a unit that lie side by side
 constexpr int WIDTH = 16;  // columns of a slice
 constexpr int VECTORS = WIDTH / LANES;
+constexpr int AHEAD = 512; // words that are fetched before they are needed: 2 KB, farther than the CPU fetches by itself
 
 typedef uint32_t loose_words __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(32)));
@@ -42,7 +43,7 @@ typedef float loose_floats __attribute__((vector_size(4 * LANES), aligned(4)));
 struct Weight {
     const uint32_t *words;
     const float *scale, *zero;
-    int64_t rows, blocks, per_scale; // per_scale: slices that share a scale
+    int64_t rows, blocks, groups, per_scale; // per_scale: slices that share a scale
 };
 
 static inline floats load(const float *from) { return *reinterpret_cast<const loose_floats *>(from); }
@@ -111,11 +112,12 @@ template <class Format, int EVERY>
 static void row(const Weight &w, const float *x, float *y, int64_t from, int64_t to) {
     for (int64_t n = from; n < to; n++) {
         const uint32_t *q = w.words + n * w.blocks * Format::WORDS * RUN;
-        const float *scale = w.scale + n, *xs = x;
+        const float *scale = w.scale + n * w.groups, *xs = x;
         floats total[2]{};
         int64_t done = 0;
         for (int64_t block = 0; block < w.blocks; block++, xs += Format::SLICES * WIDTH) {
             words out[Format::SLICES];
+            for (int line = 0; line < Format::WORDS * RUN; line += 16) __builtin_prefetch(q + AHEAD + line);
             q = decode<Format>(q, out);
 #pragma GCC unroll 16
             for (int part = 0; part < Format::SLICES / EVERY; part++) {
@@ -129,7 +131,7 @@ static void row(const Weight &w, const float *x, float *y, int64_t from, int64_t
                         sums[(s * VECTORS + v) % 2] += value[v] * load(xs + s * WIDTH + v * LANES);
                 }
                 total[part % 2] += (sums[0] + sums[1]) * *scale;
-                if ((done += EVERY) == w.per_scale) done = 0, scale += w.rows;
+                if ((done += EVERY) == w.per_scale) done = 0, scale++;
             }
         }
         y[n] = sum(total[0] + total[1]);
@@ -142,7 +144,7 @@ template <class Format> static inline void dense(const Weight &w, int64_t n, int
     decode<Format>(w.words + (n * w.blocks + block) * Format::WORDS * RUN, out);
 #pragma GCC unroll 16
     for (int s = 0; s < Format::SLICES; s++) {
-        int64_t at = (block * Format::SLICES + s) / w.per_scale * w.rows + n;
+        int64_t at = n * w.groups + (block * Format::SLICES + s) / w.per_scale;
         floats value[VECTORS], scale = all(w.scale[at]), zero = w.zero ? all(w.zero[at]) : floats{};
         to_floats(out[s], value);
         for (int v = 0; v < VECTORS; v++) store(to + s * WIDTH + v * LANES, (value[v] - zero) * scale);
