@@ -142,12 +142,13 @@ static void row(const Weight &w, const float *x, float *y, int64_t from, int64_t
 template <class Format> static inline void dense(const Weight &w, int64_t n, int64_t block, float *to) {
     words out[Format::SLICES];
     decode<Format>(w.words + (n * w.blocks + block) * Format::WORDS * RUN, out);
+    int64_t at = n * w.groups + block * Format::SLICES / w.per_scale, done = block * Format::SLICES % w.per_scale;
 #pragma GCC unroll 16
     for (int s = 0; s < Format::SLICES; s++) {
-        int64_t at = n * w.groups + (block * Format::SLICES + s) / w.per_scale;
         floats value[VECTORS], scale = all(w.scale[at]), zero = w.zero ? all(w.zero[at]) : floats{};
         to_floats(out[s], value);
         for (int v = 0; v < VECTORS; v++) store(to + s * WIDTH + v * LANES, (value[v] - zero) * scale);
+        if (++done == w.per_scale) done = 0, at++;
     }
 }
 
@@ -177,6 +178,8 @@ static inline void strip(const float *x, int64_t M, int64_t x_stride, const floa
     int64_t m = 0;
     for (; m + R <= M; m += R)
         corner<R, COLS>(x + m * x_stride, x_stride, v, v_stride, count, y + m * y_stride, y_stride, first);
+    for (; m + 4 <= M; m += 4)
+        corner<4, COLS>(x + m * x_stride, x_stride, v, v_stride, count, y + m * y_stride, y_stride, first);
     for (; m + 2 <= M; m += 2)
         corner<2, COLS>(x + m * x_stride, x_stride, v, v_stride, count, y + m * y_stride, y_stride, first);
     for (; m < M; m++)
