@@ -102,13 +102,14 @@ class Decoding:
 
     def codes(self, codes: Tensor) -> Tensor:
         """Recoded ``codes``, ready to pack. Raises FormatError for one that no kernel takes."""
-        table = torch.tensor(self.recode, dtype=torch.uint8, device=codes.device)
         if self.left_out:
             bad = torch.isin(codes, torch.tensor(self.left_out, dtype=torch.uint8, device=codes.device))
             if bool(bad.any()):
                 code = int(codes[bad][0])
                 raise FormatError(f"kernels do not take code {code:#x} of {self.format}, which it has no value for")
-        return table[codes.long()]
+        if self.recode == tuple(range(len(self.recode))):
+            return codes
+        return torch.tensor(self.recode, dtype=torch.uint8, device=codes.device)[codes.long()]
 
 
 def decoding(
