@@ -13,7 +13,9 @@ A kernel reads the packed words and never makes a float matrix of W: of 24 rows 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -37,12 +39,31 @@ def linear_wq(
     shape: Sequence[int], tensor_scale: Tensor | None = None, exponent_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``ops.linear_wq`` for CPU tensors."""
-    if x.dtype in _DTYPES and x.numel() and x.shape[-1] == shape[-1] and (kernels := available()):
+    if (
+        not _REFERENCE.get()
+        and x.dtype in _DTYPES
+        and x.numel()
+        and x.shape[-1] == shape[-1]
+        and (kernels := available())
+    ):
         operands = Operands(packed, scale, zero_point, spec, tuple(shape), tensor_scale, exponent_bias)
         weight = prepare(operands, run=RUN)
         if isinstance(weight, KernelWeight) and works(weight.decoding.format):
             return linear(x, weight, bias, kernels)
     return ops.linear_wq(x, packed, scale, zero_point, bias, spec, shape, tensor_scale, exponent_bias)
+
+
+_REFERENCE: ContextVar[bool] = ContextVar("reference", default=False)
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    """Operators run their reference bodies inside: for a call or two of a graph, for which no weight is prepared."""
+    before = _REFERENCE.set(True)
+    try:
+        yield
+    finally:
+        _REFERENCE.reset(before)
 
 
 @cache

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from fxquant import store
 from fxquant.calibrate import Batch, Calibration, batches_of
 from fxquant.capture import capture
+from fxquant.codegen import cpu
 from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
@@ -186,7 +187,7 @@ def _measure(program: Program, example_inputs: Any) -> Measure | None:
         want = program.gm(*inputs)
 
     def measure(program: Program) -> float | None:
-        with torch.no_grad():
+        with torch.no_grad(), cpu.reference_only():
             return relative_error(program.gm(*inputs), want)
 
     return measure

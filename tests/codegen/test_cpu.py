@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxquant import ops, packing
-from fxquant.codegen import cpu, cpu_library, cpu_source
+from fxquant.codegen import cpu, cpu_library, cpu_source, remember
 from fxquant.codegen.prepack import KernelWeight, Operands, prepare
 from fxquant.errors import KernelError
 from fxquant.formats import parse_format
@@ -165,6 +165,15 @@ def test_the_operator_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [1]
     torch.testing.assert_close(got, ops.linear_wq(x, *args), rtol=1e-5, atol=1e-5)
     assert ops.operators.linear_wq(x[:0], *args).shape == (0, 40)
+
+
+def test_inside_reference_only_no_weight_is_prepared() -> None:
+    given = operands(weight("e3m2/channel", 8, 64))
+    args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    with cpu.reference_only():
+        assert torch.equal(ops.operators.linear_wq(x, *args), ops.linear_wq(x, *args))
+    assert given.packed not in remember._KEPT
 
 
 def test_what_no_kernel_takes_is_computed_by_the_reference() -> None:
