@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fxquant import ops
 from fxquant.codegen.cpu_library import Library, library, threads
-from fxquant.codegen.cpu_source import FORMATS, RUN, cpu_decoding
+from fxquant.codegen.cpu_source import NUMBERS, RUN, cpu_decoding
 from fxquant.codegen.prepack import KernelWeight, Operands, prepare
 from fxquant.codegen.remember import remember
 from fxquant.errors import FxquantError
@@ -80,7 +80,7 @@ def available() -> Library | None:
 def works(format: Format) -> bool:
     """Whether the kernels have a format, and give the right products for it on this machine; a warning where not."""
     kernels = available()
-    if kernels is None or format not in FORMATS:
+    if kernels is None or format not in NUMBERS:
         return False
     if not gives_products(kernels, format):
         warnings.warn(f"the CPU kernel for {format} gives wrong results on this machine; not used", stacklevel=4)
@@ -96,7 +96,7 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None, kernels: Librar
     scale = _by_row(weight.scale)
     zero = None if weight.zero is None else _by_row(weight.zero)
     failed = kernels.linear(
-        FORMATS.index(weight.decoding.format), weight.words.data_ptr(), scale.data_ptr(),
+        NUMBERS[weight.decoding.format], weight.words.data_ptr(), scale.data_ptr(),
         None if zero is None else zero.data_ptr(), weight.rows, weight.blocks, scale.shape[1], per_scale,
         rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), y.stride(0),
         threads(len(rows) * weight.rows * weight.cols),
@@ -135,7 +135,7 @@ def gives_products(kernels: Library, format: Format) -> bool:
     for M in (1, 3):
         y = torch.empty(M, 5)
         failed = kernels.linear(
-            FORMATS.index(format), words.data_ptr(), scale.data_ptr(), None, 5, 1, 1, of.slices,
+            NUMBERS[format], words.data_ptr(), scale.data_ptr(), None, 5, 1, 1, of.slices,
             x.data_ptr(), M, of.block, y.data_ptr(), 5, 1,
         )  # fmt: skip
         if failed or not bool(((y.double() - want[:M]).abs() <= bound[:M]).all()):

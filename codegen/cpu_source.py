@@ -25,7 +25,9 @@ FORMATS: tuple[Format, ...] = (
         for name in ("int2", "int3", "int5", "int6", "int7", "uint2", "uint3", "uint5", "uint6", "uint7")
     ),
 )
-"""Formats of the library; the number of one is its place here."""
+"""Formats of the library."""
+NUMBERS = {format: number for number, format in enumerate(FORMATS)}
+"""What the library calls a format: its place in ``FORMATS``."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Printed:
     lines: list[str]
 
 
-def cpu_decoding(format: Format, *, group: int = 0, cols: int = 0) -> Decoding:
+def cpu_decoding(format: Format) -> Decoding:
     """The decoding that the library has for a format. Raises FormatError where there is none."""
-    return decoding(format, group=group, cols=cols, run=RUN)
+    return decoding(format, run=RUN)
 
 
 @cache

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fxquant.codegen import triton_source
+from fxquant.codegen.rounding import BYTE_DOTS
 from fxquant.codegen.tiles import Steps, tiles
-from fxquant.codegen.variants import ARCHS, Variant
+from fxquant.codegen.variants import ARCHS, Constant, Variant
 from fxquant.decodings import KERNEL_FORMATS, decodes, decoding
 from fxquant.formats import Format, IntFormat, parse_format
 from fxquant.grids import FloatFormat
 
 E4M3 = FloatFormat(4, 3, 7, "fn")
 """The FP8 of activations."""
-WITH_FP8 = (89, 90, 100, 103, 120, 121)
+WITH_FP8 = tuple(number for number in ARCHS if number >= BYTE_DOTS)
 NEEDS_FP8 = "FP8 tensor cores came with sm_89; sm_80 and sm_86 multiply in float16, by weight_only"
 
 SIGNATURE: dict[str, str] = {
@@ -30,6 +31,8 @@ SIGNATURE: dict[str, str] = {
 }  # fmt: skip
 """Run-time arguments of ``gemm`` in every family."""
 _UNALIGNED = {"M", "blocks"}
+_PLAIN: dict[str, Constant] = {"BIAS": False, "ACTIVATION": "none", "RESIDUAL": False, "RANK": 0}
+"""Constants of a ``gemm`` with nothing after the product."""
 
 formats: tuple[str, ...] = tuple(str(format) for format in KERNEL_FORMATS)
 """Formats that have kernels."""
@@ -137,11 +140,10 @@ def _gemm(format: Format, target: FloatFormat | None, use: Use, arch: int, *, ze
         signature |= {"x": "*fp8e4nv", "w": "*u8"}
     if tile.splits > 1:
         signature["out"] = "*fp32"
-    constants: dict[str, bool | int | float | str | None] = {
+    constants: dict[str, Constant] = {
         "BM": tile.BM, "BN": tile.BN, "RUN": of.run, "EVERY": of.every(use.group), "GROUP": use.group,
         "PADDED": use.group, "EVEN": True, "SPLITS": tile.splits, "SWAP": tile.swap, "ZERO": zero,
-        "ROW_SCALE": target is not None, "BIAS": False, "ACTIVATION": "none", "RESIDUAL": False, "RANK": 0,
-        "USE_ASM": True,
+        "ROW_SCALE": target is not None, **_PLAIN, "USE_ASM": True,
     }  # fmt: skip
     kind = f"fp{format.bits}_{format}" if isinstance(format, FloatFormat) else str(format)
     return Variant(
@@ -169,9 +171,9 @@ def _scaled(operands: triton_source.Scaled, tile: Tile) -> Variant:
         "x": byte[operands.x], "x_exponent": exponent, "w": byte[operands.w], "w_exponent": exponent, **rest,
         "w_stride": "i32",
     }  # fmt: skip
-    constants: dict[str, bool | int | float | str | None] = {
+    constants: dict[str, Constant] = {
         "BM": tile.BM, "BN": tile.BN, "BK": SCALED_BLOCK, "EVEN": True, "SPLITS": 1, "SWAP": tile.swap,
-        "ROW_SCALE": False, "BIAS": False, "ACTIVATION": "none", "RESIDUAL": False, "RANK": 0,
+        "ROW_SCALE": False, **_PLAIN,
     }  # fmt: skip
     return Variant(
         name=f"{operands.name}_decode",

@@ -7,6 +7,7 @@ else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from typing import Any
 
 import jinja2
 
-from fxquant.bitops import widen
+from fxquant.bitops import Expr, widen
 from fxquant.codegen import bit_printers
 from fxquant.decodings import Decoding
 from fxquant.formats import parse_format
@@ -38,40 +39,35 @@ def gemm(decoding: Decoding) -> Source:
 
 def _half_gemm(decoding: Decoding) -> Source:
     """Activations of 16 bits: registers of two float16, each of them two operands of the assembly."""
-    words = [word.name for word in decoding.words]
-    results = 2 * decoding.slices
-    asm = bit_printers.steps_of(decoding.outputs, {name: f"${results + i}" for i, name in enumerate(words)})
     text = _render(
         decoding,
-        bit_printers.steps_of(decoding.outputs),
         x="float16",
         word="int32",
         width="2 * RUN",
         byte="",
-        constraints=",".join(["=h"] * results + ["r"] * len(words)),
-        asm=bit_printers.ptx(asm, halves=True),
+        **_assembly(decoding.outputs, decoding, halves=True),
     )
     return Source(f"weight_only_{decoding.format}", text)
 
 
 def _byte_gemm(decoding: Decoding, target: FloatFormat) -> Source:
     """Activations of FP8: the assembly decodes four bytes at a time, each for itself."""
-    words = [word.name for word in decoding.words]
-    results = decoding.slices
-    names = {name: f"${results + i}" for i, name in enumerate(words)}
-    asm = bit_printers.steps_of([widen(output) for output in decoding.outputs], names)
+    wide = [widen(output) for output in decoding.outputs]
     text = _render(
-        decoding,
-        bit_printers.steps_of(decoding.outputs),
-        x="E4M3 or E5M2",
-        word="uint8",
-        width="RUN",
-        byte=str(target),
-        byte_type=_BYTE_TYPES[str(target)],
-        constraints=",".join(["=r"] * results + ["r"] * len(words)),
-        asm=bit_printers.ptx(asm),
-    )
+        decoding, x="E4M3 or E5M2", word="uint8", width="RUN", byte=str(target), byte_type=_BYTE_TYPES[str(target)],
+        **_assembly(wide, decoding, halves=False),
+    )  # fmt: skip
     return Source(f"fp8_{decoding.format}_{target}", text)
+
+
+def _assembly(outputs: Sequence[Expr], decoding: Decoding, *, halves: bool) -> dict[str, str]:
+    """The PTX of ``outputs`` and the constraints of its operands: results first, with ``halves`` two of 16 bits."""
+    results = len(outputs) * (2 if halves else 1)
+    names = {word.name: f"${results + i}" for i, word in enumerate(decoding.words)}
+    return {
+        "constraints": ",".join(["=h" if halves else "=r"] * results + ["r"] * len(names)),
+        "asm": bit_printers.ptx(bit_printers.steps_of(outputs, names), halves=halves),
+    }
 
 
 _BYTE_TYPES = {"e4m3": "float8e4nv", "e5m2": "float8e5"}
@@ -84,7 +80,8 @@ def rows() -> Source:
     return Source("rows", _environment().get_template("rows.py.j2").render(version=version("fxquant")))
 
 
-def _render(decoding: Decoding, body: bit_printers.Steps, **values: Any) -> str:
+def _render(decoding: Decoding, **values: Any) -> str:
+    body = bit_printers.steps_of(decoding.outputs)
     return _filled(
         "gemm.py.j2",
         title=f"Weights of {decoding.format} times activations of {values['x']}.",

@@ -39,8 +39,6 @@ EXACT = 128
 """Columns of byte floats whose products are summed at once: Hopper's tensor cores add with fewer bits than float32."""
 WASTE = 1 / 16
 """How much longer than with the smallest block a row may get for the sake of a larger one."""
-HALF = FloatFormat(5, 2, 15, "ieee")
-"""The high byte of a float16, which is an E5M2."""
 
 
 @dataclass(frozen=True)
