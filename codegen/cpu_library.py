@@ -99,7 +99,7 @@ def compiler() -> Compiler:
         raise KernelError(f"{path} --version failed: {said.stderr.strip()[:200]}")
     # code of GCC calls GOMP_parallel, which torch's own OpenMP has; what Clang calls it may not have
     gnu = "Free Software Foundation" in said.stdout
-    return Compiler(path, said.stdout.splitlines()[0], gnu and hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+    return Compiler(path, said.stdout.splitlines()[0], False)
 
 
 @cache
@@ -139,9 +139,12 @@ def _compiled(with_: Compiler, flags: tuple[str, ...], text: str) -> bytes:
         (folder / "gemm.h").write_text(cpu_source.header(), encoding="utf-8")
         (folder / "library.cpp").write_text(text, encoding="utf-8")
         # compiled with OpenMP, linked without: the symbols are those of the OpenMP that torch has loaded
+        for name, source in cpu_source.onnxruntime_sources().items():
+            (folder / name).write_text(source, encoding="utf-8")
+        units = ("library", "ort", "portable")
         steps = (
-            [with_.path, *(f for f in flags if f != "-shared"), "-c", "library.cpp", "-o", "library.o"],
-            [with_.path, "-shared", "library.o", "-o", "library.so"],
+            *([with_.path, *(f for f in flags if f != "-shared"), "-c", f"{u}.cpp", "-o", f"{u}.o"] for u in units),
+            [with_.path, "-shared", *(f"{u}.o" for u in units), "-o", "library.so"],
         )
         for step in steps:
             try:

@@ -67,7 +67,16 @@ def origin() -> str:
     own = [files("fxquant") / name for name in ("bitops.py", "tilings.py", "decodings.py", "layouts.py", "grids.py")]
     codegen = files("fxquant.codegen")
     made = [codegen / name for name in ("bit_printers.py", "cpu_source.py", "native/library.cpp.j2", "native/gemm.h")]
-    return "\0".join([version("fxquant"), *(file.read_text(encoding="utf-8") for file in (*own, *made))])
+    texts = [file.read_text(encoding="utf-8") for file in (*own, *made)]
+    return "\0".join([version("fxquant"), *texts, *onnxruntime_sources().values()])
+
+
+@cache
+def onnxruntime_sources() -> dict[str, str]:
+    """What the operators of onnxruntime are made of, by file name."""
+    native = files("fxquant.codegen") / "native"
+    names = ("packed.h", "activations.h", "formats.h", "ort_abi.h", "ort_node.h", "ort.cpp", "portable.cpp")
+    return {name: (native / name).read_text(encoding="utf-8") for name in names}
 
 
 def _printed(of: Decoding) -> Printed:
