@@ -1,6 +1,6 @@
-"""The formats of the onnxruntime library as a C++ header, ``native/formats.h``: ``python -m fxquant.codegen.ort_formats``.
+"""ort_formats: the formats of the operators' library as a C++ header. ``python -m fxquant.codegen.ort_formats`` prints it.
 
-The header is a file of the project, so that the library compiles where there is no torch to make a table with; a test
+``native/formats.h`` is a file of the project, so that the library compiles where there is no torch to make a table with; a test
 compares the two.
 """
 

@@ -4,8 +4,8 @@
     options.register_custom_ops_library(fxquant.custom_ops_library())
 
 The library is the file of ``cpu_library``: one for both hosts. Before its path is handed out, a process of its own loads
-it in the onnxruntime that is installed and runs one node, so that what could take a program down is found out elsewhere.
-What passed is remembered in the cache, for that file, that onnxruntime and this machine.
+it in the onnxruntime that is installed and runs one node: what could take a program down is found out elsewhere. What
+passed is remembered in the cache, for that file, that onnxruntime and this machine.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def onnx_session(
 ) -> onnxruntime.InferenceSession:
     """An onnxruntime session of an exported file, on the CPU, with the operators' library.
 
-    ``threads`` is ``intra_op_num_threads``, 0 for as many as there are cores. ``library``: True raises KernelError where
-    there is none, ``"auto"`` warns and goes without, False goes without.
+    ``threads`` is ``intra_op_num_threads``, 0 for as many as there are cores. ``library``: True raises KernelError
+    where there is none, ``"auto"`` warns and goes without, False goes without.
     """
     import onnxruntime
 
@@ -80,7 +80,7 @@ def _check(path: Path) -> None:
     import onnxruntime
 
     about = [path.read_bytes(), onnxruntime.__version__.encode(), platform.processor().encode()]
-    name = f"tried_{hashlib.sha256(bytes().join(about)).hexdigest()[:16]}"
+    name = f"tried_{hashlib.sha256(b''.join(about)).hexdigest()[:16]}"
     try:
         if private.read_bytes(name) is not None:
             return
@@ -142,7 +142,7 @@ def _example() -> tuple[bytes, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def one_node(op: str, x: np.ndarray[Any, Any], weights: tuple[np.ndarray[Any, Any], ...], **attributes: Any) -> bytes:
-    """A model of one node of our domain, named after ``op``, with no function: y of x of any shape and of ``weights``."""
+    """A model of one node of our domain, named after ``op``, without a function: y of x of any sizes and ``weights``."""
     import onnx
     from onnx import helper
 

@@ -20,9 +20,9 @@ from fxquant.scheme import parse_spec
 
 Array = np.ndarray[Any, Any]
 KINDS = {
-    torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16, torch.float64: onnx.TensorProto.DOUBLE,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16, torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32,
-    torch.uint8: onnx.TensorProto.UINT8,
+    torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
+    torch.float64: onnx.TensorProto.DOUBLE, torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32, torch.uint8: onnx.TensorProto.UINT8,
 }  # fmt: skip
 
 
