@@ -139,6 +139,8 @@ def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: An
                 raise
             first = first or error
             continue
+        own = getattr(model, "declared_limits", ())
+        program.signature = replace(program.signature, limits=(*program.signature.limits, *own))
         limits = (*program.signature.limits, *small_limits(model, program, args, kwargs))
         program.signature = replace(program.signature, limits=limits)
         return program

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ class CompiledModel:
         """Write an ONNX file whose weights stay packed and which plain onnxruntime runs. Raises ExportError."""
         from fxquant.codegen.onnx_export import export_onnx  # loads onnx
 
-        export_onnx(self.program, path, opset=opset, metadata={"config": _json(self.config)}, progress=progress)
+        metadata = {"config": _json(self.config), "limits": json.dumps(self.program.signature.limits)}
+        export_onnx(self.program, path, opset=opset, metadata=metadata, progress=progress)
 
     def report(self, path: str | Path) -> None:
         """Write a self-contained HTML page: totals, passes, graph diffs, and what became of every layer."""

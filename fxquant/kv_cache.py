@@ -34,8 +34,8 @@ class CachedDecoder(nn.Module):
     """A transformers causal language model whose ``forward(input_ids, past_0_key=..., ...)`` returns
     ``{"logits": ..., "present_0_key": ..., ...}``; the past that is left out is empty. Weights and paths are the model's.
 
-    ``declared_inputs`` are what ``fxquant.capture`` names and keeps dynamic; ``example_inputs()`` are some to compile
-    it with. Raises ModelError for a model whose layers keep something else than keys and values, or that does not give
+    ``declared_inputs`` are what ``capture`` names and keeps dynamic, ``declared_limits`` how long a text may get;
+    ``example_inputs()`` are some to compile it with. Raises ModelError for a model whose layers keep something else than keys and values, or that does not give
     its own logits this way.
     """
 
@@ -49,6 +49,8 @@ class CachedDecoder(nn.Module):
         ids = example_inputs(model)["input_ids"][:, :8].to(next(model.parameters()).device)
         pasts, want = _plain_pasts(model, ids)
         self.declared_inputs = _inputs(pasts)
+        most = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.declared_limits = (f"{PAST} + sequence <= {most}",) if most else ()
         self._check_same(ids, want)
 
     @property
