@@ -60,12 +60,11 @@ def _encode(b: Builder, format: Format, ratio: ir.Value) -> ir.Value:
         below = b.op("Less", whole, b.const(0.0, T.FLOAT), dtype=T.BOOL, shape=ratio.shape)
         wrapped = b.like("Add", whole, b.const(float(2**format.bits), T.FLOAT))
         return b.op("Where", below, wrapped, whole, dtype=T.FLOAT, shape=ratio.shape)
-    known = isinstance(format, FloatFormat) and isinstance(format.bias, int) and format.mbits > 0
-    if not known or (format.specials != "none" and str(format) not in ("e4m3", "e5m2")):  # type: ignore[union-attr]
+    plain = isinstance(format, FloatFormat) and isinstance(format.bias, int) and format.mbits > 0
+    if not isinstance(format, FloatFormat) or not plain or not (format.specials == "none" or str(format) in _WITH_NAN):
         raise UnsupportedError(
             f"a KV cache in {format}; this exporter has int<N>, e4m3, e5m2 and floats with a mantissa and without NaN"
         )
-    assert isinstance(format, FloatFormat)
     magnitude = b.like("Min", b.like("Abs", ratio), limit)
     borders = [2 * format.min_normal]
     while borders[-1] * 2 <= format.max:
@@ -89,13 +88,18 @@ def dequantize_kv(
     bytes_ = np.arange(256)
     index = b.cast(codes, T.INT32)
     if two_a_byte(parsed, width):
-        pairs = b.const(np.stack([table[bytes_ & 15 & len(table) - 1], table[bytes_ >> 4 & len(table) - 1]], 1), T.FLOAT)
+        pairs = b.const(
+            np.stack([table[bytes_ & 15 & len(table) - 1], table[bytes_ >> 4 & len(table) - 1]], 1), T.FLOAT
+        )
         found = b.op("Gather", pairs, index, axis=0, dtype=T.FLOAT, shape=[*dims(codes), 2])
         values = b.op("Reshape", found, b.const([0, 0, 0, width]), dtype=T.FLOAT, shape=b.shape)
     else:
         values = b.op("Gather", b.const(table, T.FLOAT), index, axis=0, dtype=T.FLOAT, shape=b.shape)
     return b.cast(b.like("Mul", values, b.cast(scale, T.FLOAT)), b.dtype)
 
+
+_WITH_NAN = ("e4m3", "e5m2")
+"""Formats with NaN whose finite codes are those of the formula."""
 
 KV: dict[Any, Converter] = rows(
     (kv_scale, (ops.kv_scale.default,)),

@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant.dims import Dim, holds
-from fxquant.errors import InputError, ModelError
+from fxquant.dims import holds
+from fxquant.errors import InputError
+from fxquant.evaluate import OnnxModel
 from fxquant.kv_cache import PAST, past_of
+from fxquant.signature import left_out
 
 if TYPE_CHECKING:
     from fxquant.compiled import CompiledModel
@@ -85,7 +87,7 @@ def generate(
     engine: Engine, ids: Sequence[int], *, most: int = 64, sampling: Sampling = Sampling(), stop: Sequence[int] = (),
     speed: Speed | None = None,
 ) -> Iterator[int]:  # fmt: skip
-    """New tokens after ``ids``, at most ``most`` of them; one of ``stop`` ends it, and so does the model's last position.
+    """New tokens after ``ids``, at most ``most``; one of ``stop`` ends it, and so does the model's last position.
 
     ``speed`` is filled in while it runs. InputError for an empty prompt, or one longer than the model's positions.
     """
@@ -154,20 +156,19 @@ class TorchEngine:
 class OnnxEngine:
     """An ONNX file that fxquant exported, in onnxruntime; the cache goes from call to call without a copy.
 
-    ``threads`` 0 leaves their number to onnxruntime. The operators of ``fxquant`` run natively where the package has a
-    library of them. ModelError if onnxruntime cannot load the file, InputError where it is no language model.
+    ModelError if onnxruntime cannot load the file, InputError where it is no language model.
     """
 
     def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        self.session = session(path, threads=threads)
-        inputs = self.session.get_inputs()
-        self.cached = _is_cached([item.name for item in inputs], str(path))
-        self.limits: Sequence[str] = json.loads(self.session.get_modelmeta().custom_metadata_map.get("limits", "[]"))
-        self._outputs = [item.name for item in self.session.get_outputs()]
+        model = OnnxModel(path, threads=threads)
+        self.session, self._outputs = model.session, model.outputs
+        self.cached = _is_cached(model.inputs, str(path))
+        self.limits: Sequence[str] = json.loads(model.metadata.get("limits", "[]"))
         if LOGITS not in self._outputs:
             raise InputError(f"{path} gives {', '.join(self._outputs[:4])} and no {LOGITS}; generation takes a causal "
                              f"language model")  # fmt: skip
-        self._empty = {item.name: _empty(item.type, item.shape) for item in inputs if item.name != IDS}
+        nothing = left_out(model.declared, {IDS: torch.zeros(1, 1, dtype=torch.int64)})
+        self._empty = {name: _value(value.numpy()) for name, value in nothing.items()}
         self.reset()
 
     def reset(self) -> None:
@@ -180,23 +181,6 @@ class OnnxEngine:
         found = dict(zip(self._outputs, self.session.run_with_ort_values(self._outputs, given), strict=True))
         self._past = past_of(found)
         return _last(torch.from_numpy(found[LOGITS].numpy()))
-
-
-def session(path: str | Path, *, threads: int = 0) -> Any:
-    """An onnxruntime session on the CPU, with the library of native operators where there is one. ModelError."""
-    import onnxruntime
-
-    import fxquant
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    library = getattr(fxquant, "custom_ops_library", None)
-    try:
-        if library is not None:
-            options.register_custom_ops_library(str(library()))
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise ModelError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}") from error
 
 
 def _is_cached(names: Sequence[str], what: str) -> bool:
@@ -214,15 +198,6 @@ def _last(logits: Any) -> Tensor:
         raise InputError("the model gives no logits [batch, sequence, vocabulary]; generation takes a causal language "
                          "model")  # fmt: skip
     return logits[0, -1].float()
-
-
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
-          "tensor(uint8)": np.uint8, "tensor(int8)": np.int8}  # fmt: skip
-
-
-def _empty(kind: str, shape: Sequence[Dim]) -> Any:
-    sizes = [dim if isinstance(dim, int) else 0 if dim == PAST else 1 for dim in shape]
-    return _value(np.zeros(sizes, dtype=_NUMPY[kind]))
 
 
 def _value(array: Any) -> Any:

@@ -44,7 +44,8 @@ class LoadedModel:
 def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress = quiet) -> LoadedModel:
     """The model at ``path``: a folder with config.json and safetensors, or a ``.gguf`` file.
 
-    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it. Raises ModelError for anything else, with a word on how to convert it.
+    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it.
+    Raises ModelError for anything else, with a word on how to convert it.
     """
     path = Path(path)
     _check_path(path)

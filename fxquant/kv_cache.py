@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,11 +32,12 @@ _ATTENTION = "fxquant_cached"
 
 class CachedDecoder(nn.Module):
     """A transformers causal language model whose ``forward(input_ids, past_0_key=..., ...)`` returns
-    ``{"logits": ..., "present_0_key": ..., ...}``; the past that is left out is empty. Weights and paths are the model's.
+    ``{"logits": ..., "present_0_key": ..., ...}``; the past that is left out is empty. Weights and paths are those of
+    the model.
 
     ``declared_inputs`` are what ``capture`` names and keeps dynamic, ``declared_limits`` how long a text may get;
-    ``example_inputs()`` are some to compile it with. Raises ModelError for a model whose layers keep something else than keys and values, or that does not give
-    its own logits this way.
+    ``example_inputs()`` are some to compile it with. Raises ModelError for a model whose layers keep something else
+    than keys and values, or that does not give its own logits this way.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,7 +80,8 @@ class CachedDecoder(nn.Module):
         with _own_attention(self.config):
             found = vars(self)["decoder"](
                 input_ids=input_ids, attention_mask=_masks(self.config, position, p + s, dtype),
-                position_ids=position.unsqueeze(0), past_key_values=Cache(layers=layers), use_cache=True, return_dict=True,
+                position_ids=position.unsqueeze(0), past_key_values=Cache(layers=layers), use_cache=True,
+                return_dict=True,
             )  # fmt: skip
         present = [value for layer in layers for value in (layer.keys, layer.values)]
         return {"logits": found.logits, **dict(zip((n.replace(PAST, PRESENT) for n in names), present, strict=True))}
@@ -97,8 +99,8 @@ class CachedDecoder(nn.Module):
                                  f"{str(error)[:200]}); compile it without: kv_cache=False") from error  # fmt: skip
         if not torch.allclose(got, want, rtol=0, atol=1e-3 * float(want.abs().max())):
             raise ModelError(
-                f"{name} gives other logits with its KV cache as inputs (by {float((got - want).abs().max()):.2g}): its "
-                f"attention is neither full nor of a sliding window; compile it without: kv_cache=False"
+                f"{name} gives other logits with its KV cache as inputs (by {float((got - want).abs().max()):.2g}): "
+                f"its attention is neither full nor of a sliding window; compile it without: kv_cache=False"
             )
 
 
@@ -126,11 +128,14 @@ def _plain_pasts(model: Any, ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], 
         found = model(input_ids=ids, use_cache=True, return_dict=True)
     layers = getattr(found.past_key_values, "layers", None)
     pasts = [(getattr(y, "keys", None), getattr(y, "values", None)) for y in layers or ()]
-    odd = next((i for i, pair in enumerate(pasts) if any(not isinstance(t, Tensor) or t.dim() != 4 for t in pair)), None)
+    odd = next(
+        (i for i, pair in enumerate(pasts) if any(not isinstance(t, Tensor) or t.dim() != 4 for t in pair)), None
+    )
     if not pasts or odd is not None:
+        kept = "its cache has no layers" if odd is None else f"layer {odd} keeps something else"
         raise ModelError(
-            f"{type(model).__name__}: {'its cache has no layers' if odd is None else f'layer {odd} keeps something else'}"
-            f" where keys and values [batch, heads, tokens, width] are needed; compile it without: kv_cache=False"
+            f"{type(model).__name__}: {kept} where keys and values [batch, heads, tokens, width] are needed; compile "
+            f"it without: kv_cache=False"
         )
     return pasts, found.logits  # type: ignore[return-value]
 
@@ -149,10 +154,10 @@ def _layers(pasts: list[tuple[Tensor, Tensor]]) -> list[Any]:
     """The caches of the layers, as the attention modules of transformers use them."""
     from transformers import DynamicLayer
 
-    class Layer(DynamicLayer):
+    class Layer(DynamicLayer):  # type: ignore[misc]
         def get_seq_length(self) -> int:  # transformers' own asks whether it is empty, which fixes a size
             assert self.keys is not None
-            return self.keys.shape[2]
+            return self.keys.shape[2]  # type: ignore[no-any-return]
 
     found = []
     for keys, values in pasts:
@@ -199,8 +204,8 @@ def _own_attention(config: Any) -> Iterator[None]:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, dropout: float = 0.0,
-    scaling: float | None = None, **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    dropout: float = 0.0, scaling: float | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """``softmax(q k^T scaling + mask) v`` as transformers calls it: operands ``[b, heads, n, width]``, the result
     ``[b, s, heads, width]``."""
@@ -215,3 +220,21 @@ def _attention(
 def past_of(present: Mapping[str, Any]) -> dict[str, Any]:
     """The outputs of a call as the past of the next."""
     return {name.replace(PRESENT, PAST, 1): value for name, value in present.items() if name.startswith(f"{PRESENT}_")}
+
+
+class InPieces:
+    """A model with a KV cache as one without, given ``size`` tokens at a time. A cache in few bits shows only so: what is
+    read from it is tokens of earlier calls."""
+
+    def __init__(self, model: Callable[..., Any], size: int) -> None:
+        self._model, self._size = model, size
+
+    def __call__(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Logits ``[b, s, vocabulary]`` of ``input_ids [b, s]``."""
+        past: dict[str, Any] = {}
+        logits = []
+        for piece in input_ids.split(self._size, dim=1):
+            found = self._model(input_ids=piece, **past)
+            past = past_of(found)
+            logits.append(found["logits"])
+        return {"logits": torch.cat(logits, dim=1)}

@@ -93,8 +93,8 @@ def compile(
 METHODS = {
     method.name: method
     for method in (
-        SMOOTH, ROTATE, QUANTIZE_ATTENTION, QUANTIZE_KV_CACHE, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, ZQ_GLOBAL, GWQ, PB_LLM,
-        LORC, FOLD_ACTIVATION_SCALES,
+        SMOOTH, ROTATE, QUANTIZE_ATTENTION, QUANTIZE_KV_CACHE, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, ZQ_GLOBAL,
+        GWQ, PB_LLM, LORC, FOLD_ACTIVATION_SCALES,
     )
 }  # fmt: skip
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""

@@ -128,7 +128,7 @@ class Signature:
         at = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in used)
         raise InputError(
             f"the inputs have {at}; the program holds for {broken}{self._nearest(sizes, used)}, since the model takes "
-            f"another path at other sizes; compile with example_inputs of the size you need"
+            f"another path at other sizes, or has no more positions; compile with example_inputs of the size you need"
         )
 
     def _broken(self, sizes: Mapping[str, int]) -> str | None:

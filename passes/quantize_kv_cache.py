@@ -58,14 +58,16 @@ def _appends(program: Program) -> list[tuple[str, fx.Node]]:
     placeholders = program.gm.graph.find_nodes(op="placeholder")
     found = []
     for item, node in zip(program.signature.inputs, placeholders, strict=True):
-        cats = [n for n in node.users if n.target is aten.cat.default and n.args[0][0] is node]  # type: ignore[index]
+        cats = [n for n in node.users if n.target is aten.cat.default and n.args[0][0] is node]
         if item.empty and len(cats) == 1 and len(item.type.shape) == 4:
             found.append((item.name.rpartition("_")[2], cats[0]))
     return found
 
 
 def _new(cat: fx.Node) -> fx.Node:
-    return cat.args[0][1]  # type: ignore[index, return-value]
+    new = cat.args[0][1]  # type: ignore[index]
+    assert isinstance(new, fx.Node)
+    return new
 
 
 def _ranges(gm: fx.GraphModule, cats: list[fx.Node], settings: Mapping[str, Any]) -> dict[fx.Node, Tensor]:
@@ -89,6 +91,7 @@ def _ranges(gm: fx.GraphModule, cats: list[fx.Node], settings: Mapping[str, Any]
 def _round_past(gm: fx.GraphModule, cat: fx.Node, spec: QuantSpec, absmax: Tensor | None) -> None:
     """Put the rounded past in front of what readers of ``cat`` see; outputs of the graph keep the exact one."""
     graph, past, about = gm.graph, cat.args[0][0], info(cat)  # type: ignore[index]
+    assert isinstance(past, fx.Node)
     kind = tensor_type(past)
     width = int(kind.shape[-1])
 

@@ -30,7 +30,7 @@ def store_kv_cache(program: Program, settings: Mapping[str, Any]) -> Log:
     """Changes the signature: pasts and presents are uint8, and scales of tokens join them."""
     graph, log = program.gm.graph, Log()
     signature = program.signature
-    outputs: list[Any] = list(graph.output_node().args[0])  # type: ignore[call-overload]
+    outputs: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
     names, inputs = output_names(signature.output), list[Input]()
     for item, past in zip(signature.inputs, graph.find_nodes(op="placeholder"), strict=True):
         codes = next((n for n in past.users if n.target is ops.quantize_kv.default), None)
@@ -40,7 +40,7 @@ def store_kv_cache(program: Program, settings: Mapping[str, Any]) -> Log:
             continue
         kind, scale, at = tensor_type(codes), codes.args[1], outputs.index(present)
         assert isinstance(scale, fx.Node)
-        new = present.args[0][1]  # type: ignore[index]
+        new = present.args[0][1]
         inputs.append(Input(item.name, kind, item.empty))
         new_scale = scale
         if scale.target is ops.kv_scale.default:

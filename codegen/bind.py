@@ -1,0 +1,68 @@
+"""bind: the graph as a CompiledModel runs it on a CPU, with what is known beforehand taken out of every call.
+
+    get_attr model.layers.0.self_attn.q_proj.weight_packed   ->  an attribute of the module itself, not a walk to it
+    linear_wq(x, packed, scale, zero_point, bias, ...)       ->  a function of x, its weight prepared at its first call
+
+One token of a decoder is hundreds of products of some ten microseconds each; the dispatch of an operator written in
+Python costs more than that, and so do looking its weight up and six attributes on the way to every constant. The bound
+graph computes the same in every bit. It is neither saved nor exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxquant.codegen import cpu
+from fxquant.ops import operators as ops
+from fxquant.program import Program, copied
+from fxquant.rewrite import fetch, get_attrs, identity
+
+
+def bound(program: Program) -> Program:
+    """A program that shares the tensors of ``program``, for running; ``program`` stays as it is."""
+    copy = copied(program)
+    graph = copy.gm.graph
+    values = {node: fetch(copy.gm, str(node.target)) for node in get_attrs(graph)}
+    for node in graph.find_nodes(op="call_function", target=ops.linear_wq.default):
+        if isinstance(node.args[0], fx.Node) and all(a in values for a in node.all_input_nodes[1:]):
+            _bind(graph, node, values)
+    names = {identity(value): f"constant_{i}" for i, value in enumerate(values.values())}
+    left = {node: values[node] for node in get_attrs(graph)}
+    for node, value in left.items():
+        node.target = names[identity(value)]
+    gm = fx.GraphModule({str(node.target): value for node, value in left.items()}, graph)
+    for table in (gm._buffers, gm._parameters):  # attributes of Python's own kind, found without asking these tables
+        vars(gm).update(table)
+        table.clear()
+    return Program(gm, program.signature, program.trace)
+
+
+def _bind(graph: fx.Graph, node: fx.Node, values: Mapping[fx.Node, Tensor]) -> None:
+    def value(a: Any) -> Any:
+        return values[a] if isinstance(a, fx.Node) else a
+
+    linear = BoundLinear([value(a) for a in node.args[1:]], {k: value(a) for k, a in node.kwargs.items()})
+    with graph.inserting_before(node):
+        new = graph.call_function(linear, (node.args[0],))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    constants = node.all_input_nodes[1:]
+    graph.erase_node(node)
+    for constant in constants:
+        if not constant.users:
+            graph.erase_node(constant)
+
+
+class BoundLinear:
+    """``linear_wq`` on a weight that is known: called with x alone. ``operands`` follow x in the operator's order."""
+
+    __name__ = "linear"  # what fx writes into the code that it makes of the graph
+
+    def __init__(self, operands: Sequence[Any], named: Mapping[str, Any]) -> None:
+        self._operands, self._named = tuple(operands), dict(named)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return cpu.linear_wq(x, *self._operands, **self._named)
