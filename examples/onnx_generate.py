@@ -42,10 +42,9 @@ if len(sys.argv) > 1:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
-    begin, tokens = time.perf_counter(), []
-    for token in generate(sys.argv[1], tokenizer(sys.argv[3])["input_ids"], 64):
-        tokens.append(token)
-    print(sys.argv[3] + tokenizer.decode(tokens))
+    prompt, begin = tokenizer(sys.argv[3])["input_ids"], time.perf_counter()
+    tokens = list(generate(sys.argv[1], prompt, 48))
+    print(tokenizer.decode(prompt + tokens))
     print(f"{len(tokens) / (time.perf_counter() - begin):.1f} tokens a second, with the prompt", file=sys.stderr)
 else:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -223,8 +223,8 @@ def past_of(present: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class InPieces:
-    """A model with a KV cache as one without, given ``size`` tokens at a time. A cache in few bits shows only so: what is
-    read from it is tokens of earlier calls."""
+    """A model with a KV cache as one without, given ``size`` tokens at a time. Only so does a cache in few bits show:
+    what is read from it is tokens of earlier calls."""
 
     def __init__(self, model: Callable[..., Any], size: int) -> None:
         self._model, self._size = model, size
