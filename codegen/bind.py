@@ -1,11 +1,12 @@
 """bind: the graph as a CompiledModel runs it on a CPU, with what is known beforehand taken out of every call.
 
     get_attr model.layers.0.self_attn.q_proj.weight_packed   ->  an attribute of the module itself, not a walk to it
-    linear_wq(x, packed, scale, zero_point, bias, ...)       ->  a function of x, its weight prepared at its first call
+    linear_wq(x, packed, scale, zero_point, bias, ...)       ->  a function of x
+    aten.mul.Tensor(x, y)                                    ->  torch.mul(x, y), half the way to the same kernel
 
-One token of a decoder is hundreds of products of some ten microseconds each; the dispatch of an operator written in
-Python costs more than that, and so do looking its weight up and six attributes on the way to every constant. The bound
-graph computes the same in every bit. It is neither saved nor exported.
+One token of a decoder is hundreds of products of some ten microseconds each, and a thousand smaller operations; the
+dispatch of an operator written in Python costs more than a product, and so do six attributes on the way to a constant.
+The bound graph computes the same in every bit. It is neither saved nor exported.
 """
 
 from __future__ import annotations
@@ -13,12 +14,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from fxquant.codegen import cpu
 from fxquant.ops import operators as ops
 from fxquant.program import Program, copied
-from fxquant.rewrite import fetch, get_attrs, identity
+from fxquant.rewrite import aten, fetch, get_attrs, identity
+
+DIRECT: dict[Any, Any] = {
+    aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
+    aten.pow.Tensor_Scalar: torch.pow, aten.neg.default: torch.neg, aten.rsqrt.default: torch.rsqrt,
+    aten.tanh.default: torch.tanh, aten.relu.default: torch.relu, aten.silu.default: F.silu, aten.gelu.default: F.gelu,
+    aten.mean.dim: torch.mean, aten.softmax.int: torch.softmax, aten.cat.default: torch.cat,
+    aten.transpose.int: torch.transpose, aten.unsqueeze.default: torch.unsqueeze, aten.reshape.default: torch.reshape,
+    aten.view.default: torch.Tensor.view, aten.matmul.default: torch.matmul, aten.linear.default: F.linear,
+    aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+}  # fmt: skip
+"""Operators that Python's own functions of torch call directly, with the same arguments."""
 
 
 def bound(program: Program) -> Program:
@@ -29,6 +43,8 @@ def bound(program: Program) -> Program:
     for node in graph.find_nodes(op="call_function", target=ops.linear_wq.default):
         if isinstance(node.args[0], fx.Node) and all(a in values for a in node.all_input_nodes[1:]):
             _bind(graph, node, values)
+    for node in graph.nodes:
+        node.target = DIRECT.get(node.target, node.target)
     names = {identity(value): f"constant_{i}" for i, value in enumerate(values.values())}
     left = {node: values[node] for node in get_attrs(graph)}
     for node, value in left.items():
