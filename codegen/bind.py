@@ -12,6 +12,7 @@ The bound graph computes the same in every bit. It is neither saved nor exported
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxquant.codegen import cpu
+from fxquant.codegen.prepack import Operands
 from fxquant.ops import operators as ops
 from fxquant.program import Program, copied
 from fxquant.rewrite import aten, fetch, get_attrs, identity
@@ -79,6 +81,17 @@ class BoundLinear:
 
     def __init__(self, operands: Sequence[Any], named: Mapping[str, Any]) -> None:
         self._operands, self._named = tuple(operands), dict(named)
+        packed, scale, zero_point, self._bias, spec, shape = self._operands[:6]
+        above = dict(zip(("tensor_scale", "exponent_bias"), self._operands[6:], strict=False)) | self._named
+        self._known = Operands(packed, scale, zero_point, spec, tuple(shape), **above)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return cpu.linear_wq(x, *self._operands, **self._named)
+        kernels = cpu.kernels_here()
+        if kernels is None or x.dtype != torch.float32 or not x.numel() or (weight := self._weight) is None:
+            return cpu.linear_wq(x, *self._operands, **self._named)
+        return cpu.linear(x, weight, self._bias, kernels)
+
+    @cached_property
+    def _weight(self) -> cpu.PackedWeight | None:
+        found = cpu.packed_weight(self._known) if len(self._known.shape) == 2 else None
+        return found if found is not None and cpu.works(found.format) else None

@@ -451,20 +451,15 @@ class OnnxModel:
     """An ONNX file as a callable: keyword tensors in, a dict of tensors by output name out; runs in onnxruntime.
 
     What a KV cache holds may be left out, and is empty then; other inputs may not, and those the file does not have are
-    refused (InputError). Operators of ``fxquant`` run natively where the package has a library of them. ``threads`` 0
-    leaves their number to onnxruntime. ModelError if onnxruntime cannot load the file.
+    refused (InputError). ``threads`` 0 leaves their number to onnxruntime; ``session`` opens the file, by default in
+    plain onnxruntime. ModelError if it cannot be loaded.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, *, threads: int = 0, session: Callable[..., Any] | None = None) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        library = getattr(importlib.import_module("fxquant"), "custom_ops_library", None)
         try:
-            if library is not None:
-                options.register_custom_ops_library(str(library()))
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = (session or plain_session)(path, threads=threads)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise ModelError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}") from error
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
@@ -486,6 +481,15 @@ class OnnxModel:
             raise InputError(f"inputs {sorted(inputs)} given; the ONNX model takes {self.inputs}")
         feed = {name: value.detach().cpu().numpy() for name, value in inputs.items()}
         return dict(zip(self.outputs, map(torch.from_numpy, self.session.run(self.outputs, feed)), strict=True))
+
+
+def plain_session(path: str | Path, *, threads: int = 0) -> Any:
+    """An onnxruntime session of a file, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 _DTYPES = {"tensor(float16)": torch.float16, "tensor(double)": torch.float64, "tensor(uint8)": torch.uint8,

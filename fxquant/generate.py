@@ -156,11 +156,14 @@ class TorchEngine:
 class OnnxEngine:
     """An ONNX file that fxquant exported, in onnxruntime; the cache goes from call to call without a copy.
 
+    Packed weights are read by the library of ``custom_ops_library`` where it can be had, unless ``library`` is False.
     ModelError if onnxruntime cannot load the file, InputError where it is no language model.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
-        model = OnnxModel(path, threads=threads)
+    def __init__(self, path: str | Path, *, threads: int = 0, library: bool = True) -> None:
+        from fxquant.codegen.ort_library import onnx_session  # loads onnx
+
+        model = OnnxModel(path, threads=threads, session=onnx_session if library else None)
         self.session, self._outputs = model.session, model.outputs
         self.cached = _is_cached(model.inputs, str(path))
         self.limits: Sequence[str] = json.loads(model.metadata.get("limits", "[]"))
