@@ -87,7 +87,8 @@ def sessions(library: str, seconds: float, seed: int) -> int:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         counts.update(attempt(library, numbers))
-    print(f"{sum(counts.values())} attempts: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+    what = ", ".join(f"{n} {how}" for how, n in sorted(counts.items()))
+    print(f"{sum(counts.values())} attempts: {what}")
     return 0 if counts["ran"] else 1
 
 
