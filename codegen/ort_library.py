@@ -4,8 +4,8 @@
     options.register_custom_ops_library(fxquant.custom_ops_library())
 
 The library is the file of ``cpu_library``, one for both hosts. Before its path is handed out, a process of its own
-loads it in the onnxruntime that is installed and runs one node: what could take a program down is found out elsewhere. What
-passed is remembered in the cache, for that file, that onnxruntime and this machine.
+loads it in the onnxruntime that is installed and runs one node: what could take a program down is found out elsewhere.
+What passed is remembered in the cache, for that file, that onnxruntime and this machine.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ def report() -> dict[str, str]:
     import onnxruntime
 
     found = {"instruction sets": ", ".join(one.name for one in cpu_library.instruction_sets())}
-    for name, about in (
-        ("compiler", lambda: cpu_library.compiler().version),
-        ("library", lambda: str(cpu_library.library().path)),
-        (f"onnxruntime {onnxruntime.__version__}", lambda: custom_ops_library() and "passed its trial"),
-    ):
-        try:
-            found[name] = about()
-        except FxquantError as error:
-            found[name] = str(error)
+    try:
+        found["compiler"] = cpu_library.compiler().version
+    except FxquantError as error:
+        found["compiler"] = str(error)
+    try:
+        found["library"] = custom_ops_library()
+        found["trial"] = f"passed in onnxruntime {onnxruntime.__version__}"
+    except FxquantError as error:
+        found["library"] = str(error)
     return found
 
 

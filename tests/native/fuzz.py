@@ -1,10 +1,12 @@
 """Fuzz the CPU kernels and the operators of onnxruntime, built with address and undefined-behaviour sanitizers.
 
     python tests/native/fuzz.py --seconds 60 [--seed N] [--isa avx2]
+    python tests/native/fuzz.py --compiler "zig c++ -target aarch64-linux-musl -static" --emulator qemu-aarch64-static
 
 Half of the time goes to ``fuzz_kernels.cpp``, which calls the kernels; half to onnxruntime sessions in a process that
 has the sanitizers preloaded: models of one node whose shapes, dtypes, attributes and numbers are drawn at random, many
-of them wrong. A model either gives numbers or an exception; a process that dies, or a report, is a failure.
+of them wrong. A model either gives numbers or an exception; a process that dies, or a report, is a failure. For another
+architecture only the kernels are tried, without sanitizers, by a cross compiler and an emulator.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ def main() -> int:
     given.add_argument("--seconds", type=float, default=60)
     given.add_argument("--seed", type=int, default=None)
     given.add_argument("--isa", default="", help="an instruction set of this CPU; the best by default")
+    given.add_argument("--compiler", default="", help="a cross compiler and its arguments")
+    given.add_argument("--emulator", default="", help="what runs its programs")
     given.add_argument("--sessions", metavar="LIBRARY", help=argparse.SUPPRESS)  # what runs under the sanitizers
     options = given.parse_args()
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
@@ -39,6 +43,8 @@ def main() -> int:
         return sessions(options.sessions, options.seconds, seed)
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as name:
+        if options.compiler:
+            return foreign(Path(name), options.compiler.split(), options.emulator.split(), options.seconds, seed)
         driver, library = build(Path(name), options.isa)
         half = options.seconds / 2
         done = subprocess.run([str(driver), str(half), str(seed)], check=False)
@@ -51,19 +57,34 @@ def main() -> int:
 
 def build(folder: Path, name: str) -> tuple[Path, Path]:
     """The driver and the operators' library, compiled for an instruction set."""
-    from fxquant.codegen import cpu_library, cpu_source
+    from fxquant.codegen import cpu_library
 
     isa = next(one for one in cpu_library.instruction_sets() if name in ("", one.name))
-    for file, text in cpu_source.onnxruntime_sources().items():
-        (folder / file).write_text(text, encoding="utf-8")
+    kernels = write_sources(folder)
     flags = ["-std=c++17", *SANITIZE, *isa.flags, "-I", str(folder), "-pthread"]
     compiler = cpu_library.compiler().path
-    kernels = str(folder / "portable.cpp")
     driver, library = folder / "fuzz_kernels", folder / "library.so"
-    subprocess.run([compiler, *flags, str(HERE / "fuzz_kernels.cpp"), kernels, "-o", str(driver)], check=True)
+    subprocess.run([compiler, *flags, str(HERE / "fuzz_kernels.cpp"), *kernels, "-o", str(driver)], check=True)
     shared = ("-fPIC", "-shared", "-fvisibility=hidden")
-    subprocess.run([compiler, *flags, *shared, str(folder / "ort.cpp"), kernels, "-o", str(library)], check=True)
+    subprocess.run([compiler, *flags, *shared, str(folder / "ort.cpp"), *kernels, "-o", str(library)], check=True)
     return driver, library
+
+
+def write_sources(folder: Path) -> list[str]:
+    """The C++ of the library; what the kernels are compiled from."""
+    from fxquant.codegen import cpu_source
+
+    for file, text in cpu_source.onnxruntime_sources().items():
+        (folder / file).write_text(text, encoding="utf-8")
+    return [str(folder / "portable.cpp")]
+
+
+def foreign(folder: Path, compiler: list[str], emulator: list[str], seconds: float, seed: int) -> int:
+    """The kernels of another architecture."""
+    kernels, driver = write_sources(folder), folder / "fuzz_kernels"
+    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-I", str(folder), "-pthread"]
+    subprocess.run([*compiler, *flags, str(HERE / "fuzz_kernels.cpp"), *kernels, "-o", str(driver)], check=True)
+    return subprocess.run([*emulator, str(driver), str(seconds), str(seed)], check=False).returncode
 
 
 def runtimes() -> list[str]:
@@ -78,7 +99,7 @@ def runtimes() -> list[str]:
     return found
 
 
-# --- sessions -----------------------------------------------------------------------------------------------------------
+# --- sessions ---------------------------------------------------------------------------------------------------------
 def sessions(library: str, seconds: float, seed: int) -> int:
     """Random models until the time is over."""
     random.seed(seed)
