@@ -74,9 +74,9 @@ def write_sources(folder: Path) -> list[str]:
     """The C++ of the library; what the kernels are compiled from."""
     from fxquant.codegen import cpu_source
 
-    for file, text in cpu_source.onnxruntime_sources().items():
+    for file, text in cpu_source.sources().items():
         (folder / file).write_text(text, encoding="utf-8")
-    return [str(folder / "portable.cpp")]
+    return [str(folder / f"{unit}.cpp") for unit in cpu_source.UNITS if unit != "ort"]
 
 
 def foreign(folder: Path, compiler: list[str], emulator: list[str], seconds: float, seed: int) -> int:
