@@ -28,7 +28,7 @@ class CompiledModel:
     constants are looked up beforehand (``codegen/bind.py``); everything else is about ``program``.
 
     ``activation_bits`` 16 or 8 lets packed linears on a CPU round their input to so many bits, for each row and 8
-    columns, where that is faster: calls with few rows, as a decoder's steps are. The default, 32, is float32 throughout.
+    columns, where that is faster: calls with few rows, as a decoder's steps are. 32 is float32 throughout.
     """
 
     def __init__(self, program: Program, config: Config, *, activation_bits: int = 32) -> None:
