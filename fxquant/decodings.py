@@ -113,8 +113,8 @@ class Decoding:
 def decoding(format: Format, target: FloatFormat | None = None, *, group: int = 0, cols: int = 0) -> Decoding:
     """The decoding of ``format`` to float16 (``target`` None) or a byte float.
 
-    ``group``: columns that share a scale, 0 for a scale a row; slices are no wider than a group. ``cols``: columns of the
-    weight, where known; blocks are then no longer than fits it. Raises FormatError for a format with no such decoding,
+    ``group``: columns that share a scale, 0 for a scale a row; slices are no wider than a group. ``cols``: columns of
+    the weight, where known; blocks are then no longer than fits it. Raises FormatError for a format with no such decoding,
     saying why.
     """
     most = _widest(format, target)
