@@ -1,0 +1,175 @@
+"""ONNX converters of rounded activations: nodes of the ``fxquant`` domain, or QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from fxquant.codegen.onnx_builder import UNKNOWN, Arg, Builder, T, UnsupportedError, dims, product, rank
+from fxquant.codegen.onnx_elementwise import Converter, rows
+from fxquant.codegen.onnx_functions import on_activation
+from fxquant.codegen.onnx_rounding import CASTS, found_scale
+from fxquant.grids import CodebookFormat
+from fxquant.ops import operators as ops
+from fxquant.qtensor import load_scale
+from fxquant.scales import Scales, power_of_two, spread
+from fxquant.scheme import PerGroup, PerTensor, PerToken, QuantSpec, parse_spec
+
+Rounding = Callable[[ir.Value], ir.Value]
+
+
+def fake_quantize_dynamic(
+    b: Builder, x: ir.Value, spec: str, exponent_bias: ir.Value | None = None, shifted: bool = False
+) -> ir.Value:
+    """x rounded with scales that are found when it runs: of every token, or of every group of its channels."""
+    parsed = parse_spec(spec)
+    if parsed.kind.outer == "row":
+        raise UnsupportedError(f"activations in {spec}; scales of activations are fp32, fp16, bf16, e8m0, e5m3 or m1")
+    if not isinstance(parsed.granularity, (PerToken, PerGroup)):
+        raise UnsupportedError(f"activations in {spec} with scales that are found when they run; expected token, group")
+
+    def by_row(y: ir.Value) -> ir.Value:
+        if _has_qdq(b, parsed) and isinstance(dims(y)[-1], int):
+            return _qdq_dynamic(b, y, parsed)
+        return on_activation(b, "FakeQuantizeDynamic", parsed, y)
+
+    return _shifted(b, x, exponent_bias, shifted, lambda y: _by_group(b, y, parsed, by_row))
+
+
+def _by_group(b: Builder, x: ir.Value, spec: QuantSpec, call: Rounding) -> ir.Value:
+    """``call`` on x seen as ``[..., groups, size]``; a last group that is shorter is filled with zeros for the time."""
+    width = dims(x)[-1]
+    if not isinstance(spec.granularity, PerGroup):
+        return call(x)
+    if not isinstance(width, int):
+        raise UnsupportedError(f"activations in {spec} with a number of channels that is not fixed")
+    size = min(spec.granularity.size, width)
+    groups, lead = -(-width // size), list(dims(x)[:-1])
+    missing = groups * size - width
+    if missing and isinstance(spec.format, CodebookFormat):
+        raise UnsupportedError(f"activations in {spec} with {width} channels, which are not whole groups of a table")
+    if missing:
+        pads = b.const([*[0] * (2 * rank(x) - 1), missing])
+        x = b.op("Pad", x, pads, dtype=x.dtype, shape=[*lead, groups * size])
+    split = b.const([*[0] * (rank(x) - 1), groups, size])
+    done = call(b.op("Reshape", x, split, dtype=x.dtype, shape=[*lead, groups, size]))
+    whole = b.const([*[0] * (rank(x) - 1), groups * size])
+    done = b.op("Reshape", done, whole, dtype=x.dtype, shape=[*lead, groups * size])
+    if not missing:
+        return done
+    return b.op("Slice", done, b.axes(0), b.axes(width), b.axes(-1), dtype=x.dtype, shape=[*lead, width])
+
+
+def fake_quantize(
+    b: Builder, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None, spec: str, tensor_scale: Arg = None,
+    exponent_bias: ir.Value | None = None, shifted: bool = False,
+) -> ir.Value:  # fmt: skip
+    """x rounded with scales that are given: one, or as many as the blocks of the matrix view of x."""
+    parsed = parse_spec(spec)
+    stored, outer, zero = (constant_tensor(v) for v in (scale, tensor_scale, zero_point))
+    if stored is None:
+        raise UnsupportedError(f"activations in {spec} with scales that are computed in the graph")
+    values = Scales(load_scale(stored, parsed), zero, outer)
+    if parsed.kind.outer == "tensor" and outer is not None:
+        given = [values.scale.float(), outer.float()]
+    elif isinstance(parsed.granularity, PerTensor) and _has_qdq(b, parsed):
+        return _shifted(b, x, exponent_bias, shifted, lambda y: _qdq_static(b, y, parsed, float(values.effective)))
+    else:
+        given = [values.effective.float(), *([] if zero is None else [zero])]
+    return _shifted(b, x, exponent_bias, shifted, lambda y: _rounded_by(b, y, parsed, given))
+
+
+def _rounded_by(b: Builder, x: ir.Value, spec: QuantSpec, given: list[torch.Tensor]) -> ir.Value:
+    """FakeQuantize with scales (and what comes after them) as they broadcast over x, or over its matrix view."""
+    width = dims(x)[-1] if rank(x) else 1
+    tall = max(value.shape[0] for value in given)
+    if any(value.numel() > 1 for value in given) and not isinstance(width, int):
+        raise UnsupportedError(f"activations in {spec} with given scales and a number of channels that is not fixed")
+    placed = []
+    for value in given:
+        if value.numel() == 1:
+            wide = value.reshape(())
+        else:
+            assert isinstance(width, int)
+            wide = spread(value, spec.block(max(tall, 1), width), (value.shape[0], width))
+        placed.append(b.const(wide.numpy(), T.UINT8 if value.dtype == torch.uint8 else T.FLOAT))
+    if tall == 1:
+        return on_activation(b, "FakeQuantize", spec, x, *placed)
+    if product(dims(x)[:-1]) != tall:
+        raise UnsupportedError(f"activations in {spec} with {tall} rows of given scales, for x of shape {dims(x)}")
+    flat = b.op("Reshape", x, b.const([tall, width]), dtype=x.dtype, shape=[tall, width])
+    return b.reshape(on_activation(b, "FakeQuantize", spec, flat, *placed), dims(x), dims(x))
+
+
+# --- QuantizeLinear, DequantizeLinear ---------------------------------------------------------------------------------
+def _has_qdq(b: Builder, spec: QuantSpec) -> bool:
+    """Whether x is to be rounded by standard operators, and they round to this format as the reference does."""
+    return b.options.operators == "standard" and (str(spec.format) in CASTS or str(spec.format) == "int8")
+
+
+def _qdq_static(b: Builder, x: ir.Value, spec: QuantSpec, scale: float) -> ir.Value:
+    return _qdq(b, x, spec, b.const(scale, T.FLOAT), None, lowest=b.const(-spec.format.max * scale, T.FLOAT))
+
+
+def _qdq_dynamic(b: Builder, x: ir.Value, spec: QuantSpec) -> ir.Value:
+    """Every row of x is a channel of ``[rows, size]``: these operators take one scale for each of them."""
+    wide = b.cast(x, T.FLOAT)
+    scale = found_scale(b, wide, spec.format, spec.scale, spec.rounding)
+    lowest = b.op("Mul", scale, b.const(-spec.format.max, T.FLOAT), dtype=T.FLOAT)
+    clipped = b.op("Max", wide, lowest, dtype=T.FLOAT) if str(spec.format) == "int8" else wide
+    size = dims(x)[-1]
+    flat = b.op("Reshape", clipped, b.const([-1, size]), dtype=T.FLOAT, shape=[UNKNOWN, size])
+    done = _qdq(b, flat, spec, b.op("Reshape", scale, b.axes(-1), dtype=T.FLOAT, shape=[UNKNOWN]), 0)
+    back = b.op("Reshape", done, b.op("Shape", x, dtype=T.INT64), dtype=T.FLOAT, shape=dims(x))
+    assert x.dtype is not None
+    return b.cast(back, x.dtype)
+
+
+def _qdq(
+    b: Builder, x: ir.Value, spec: QuantSpec, scale: ir.Value, axis: int | None, lowest: ir.Value | None = None
+) -> ir.Value:
+    """x by way of its codes. INT8 would saturate at -128, which is no code of ours: x is limited before."""
+    kind = CASTS.get(str(spec.format), T.INT8)
+    wide = b.cast(x, T.FLOAT)
+    if lowest is not None and kind == T.INT8:
+        wide = b.op("Max", wide, lowest, dtype=T.FLOAT, shape=x.shape)
+    code = b.op("QuantizeLinear", wide, scale, axis=axis, output_dtype=int(kind), dtype=kind, shape=x.shape)
+    done = b.op("DequantizeLinear", code, scale, axis=axis, dtype=T.FLOAT, shape=x.shape)
+    assert x.dtype is not None
+    return b.cast(done, x.dtype)
+
+
+# --- exponent biases --------------------------------------------------------------------------------------------------
+def _shifted(b: Builder, x: ir.Value, exponent_bias: ir.Value | None, shifted: bool, call: Rounding) -> ir.Value:
+    """``call`` on x 2^bias in float32; what it gives times 2^-bias, unless it is to stay ``shifted``."""
+    if exponent_bias is None:
+        return call(x)
+    up, down = (b.const(powers(exponent_bias, sign).numpy(), T.FLOAT) for sign in (1, -1))
+    found = call(b.op("Mul", b.cast(x, T.FLOAT), up, shape=x.shape))
+    return b.cast(found if shifted else b.op("Mul", found, down, shape=x.shape), b.dtype)
+
+
+def powers(exponent: ir.Value, sign: int) -> torch.Tensor:
+    """2^(sign * exponent) of constant exponents, float32."""
+    if exponent.const_value is None:
+        raise UnsupportedError("exponent biases that are computed in the graph")
+    exponents = torch.from_numpy(exponent.const_value.numpy().astype(np.int32))
+    return power_of_two(exponents * sign)
+
+
+def constant_tensor(value: ir.Value | None) -> torch.Tensor | None:
+    """A constant as a tensor: uint8 as it is, all else float32."""
+    if value is None or value.const_value is None:
+        return None
+    array = value.const_value.numpy()
+    return torch.from_numpy(array.astype(np.uint8 if array.dtype == np.uint8 else np.float32))
+
+
+ACTIVATIONS: dict[Any, Converter] = rows(
+    (fake_quantize, (ops.fake_quantize.default,)),
+    (fake_quantize_dynamic, (ops.fake_quantize_dynamic.default,)),
+)
