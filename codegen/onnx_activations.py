@@ -85,24 +85,27 @@ def fake_quantize(
 
 def _rounded_by(b: Builder, x: ir.Value, spec: QuantSpec, given: list[torch.Tensor]) -> ir.Value:
     """FakeQuantize with scales (and what comes after them) as they broadcast over x, or over its matrix view."""
-    width = dims(x)[-1] if rank(x) else 1
-    tall = max(value.shape[0] for value in given)
-    if any(value.numel() > 1 for value in given) and not isinstance(width, int):
-        raise UnsupportedError(f"activations in {spec} with given scales and a number of channels that is not fixed")
-    placed = []
-    for value in given:
-        if value.numel() == 1:
-            wide = value.reshape(())
-        else:
-            assert isinstance(width, int)
-            wide = spread(value, spec.block(max(tall, 1), width), (value.shape[0], width))
-        placed.append(b.const(wide.numpy(), T.UINT8 if value.dtype == torch.uint8 else T.FLOAT))
+    width, tall = dims(x)[-1] if rank(x) else 1, max(value.shape[0] for value in given)
+    if all(value.numel() == 1 for value in given):
+        return on_activation(b, "FakeQuantize", spec, x, *(_constant(b, value.reshape(())) for value in given))
+    count = product(dims(x)[:-1]) if tall > 1 else 1
+    if count is None and spec.block(tall, 1)[0] == 1:
+        count = tall  # a row of scales for every row of x: only that many will do
+    if not isinstance(width, int) or count is None:
+        raise UnsupportedError(f"activations in {spec} with scales given for blocks of x {list(dims(x))}, not all fixed")
+    block = spec.block(count, width)
+    if tall not in (1, -(-count // block[0])):
+        raise UnsupportedError(f"activations in {spec} with {tall} rows of given scales for {count} rows")
+    placed = [_constant(b, spread(value, block, (count, width))) for value in given]
     if tall == 1:
         return on_activation(b, "FakeQuantize", spec, x, *placed)
-    if product(dims(x)[:-1]) != tall:
-        raise UnsupportedError(f"activations in {spec} with {tall} rows of given scales, for x of shape {dims(x)}")
-    flat = b.op("Reshape", x, b.const([tall, width]), dtype=x.dtype, shape=[tall, width])
-    return b.reshape(on_activation(b, "FakeQuantize", spec, flat, *placed), dims(x), dims(x))
+    flat = b.op("Reshape", x, b.const([count, width]), dtype=x.dtype, shape=[count, width])
+    done = on_activation(b, "FakeQuantize", spec, flat, *placed)
+    return b.reshape(done, [b.size(x, i) for i in range(rank(x))], dims(x))
+
+
+def _constant(b: Builder, value: torch.Tensor) -> ir.Value:
+    return b.const(value.numpy(), T.UINT8 if value.dtype == torch.uint8 else T.FLOAT)
 
 
 # --- QuantizeLinear, DequantizeLinear ---------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ class Body(Builder):
 
     grouped   a row has several scales            ragged   rows do not fill bytes of every plane, or groups
     cast      x is not float32                    scale    scales are not float32
+    unfolded  weights stay packed in memory
     """
 
     def __init__(self, operator: Operator, needs: frozenset[str], opset: int) -> None:
@@ -80,7 +81,7 @@ def decode(f: Body, packed: ir.Value, *, width: ir.Value) -> ir.Value:
     """
     widths = planes(f.format.bits)
     codes = 8 // widths[0]
-    parts: tuple[ir.Value, ...] = (packed,)
+    parts: tuple[ir.Value, ...] = (packed := _read(f, packed),)
     if len(widths) > 1:  # ceil(cols * width / 8) bytes a plane
         sizes = f.op("Div", f.op("Add", f.op("Mul", f.attribute("cols"), f.const(widths)), f.const(7)), f.const(8))
         parts = f.multi(len(widths), "Split", packed, sizes, axis=1)
@@ -93,6 +94,18 @@ def decode(f: Body, packed: ir.Value, *, width: ir.Value) -> ir.Value:
             high = f.op("Slice", high, f.axes(0), units, f.axes(1))
         index, at = f.op("Add", index, high, dtype=T.INT32), at + codes * plane_width
     return f.op("Reshape", f.op("Gather", f.const(pair_table(f.format), T.FLOAT), index, axis=0), width)
+
+
+def _read(f: Body, packed: ir.Value) -> ir.Value:
+    """Packed bytes, as INT32 where they are to stay packed in memory.
+
+    onnxruntime computes what depends on constants alone when it loads a file, but for DequantizeLinear: one here, by a
+    scale of 1, and the weight is decoded in every run.
+    """
+    if "unfolded" not in f.needs:
+        return packed
+    number = f.op("DequantizeLinear", packed, f.const(1.0, T.FLOAT), dtype=T.FLOAT)
+    return f.op("Cast", number, to=int(T.INT32), dtype=T.INT32)
 
 
 def apply_scale(f: Body, values: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> ir.Value:

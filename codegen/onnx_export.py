@@ -218,7 +218,7 @@ class _Exporter:
         used = [v for v in held if any(True for _ in v.uses())]
         domains = {node.domain for node in self.builder.nodes}
         graph = ir.Graph(
-            [*self.inputs, *self.kept(used)], outputs, nodes=self.builder.nodes, initializers=used, name="fxquant",
+            self.inputs, outputs, nodes=self.builder.nodes, initializers=used, name="fxquant",
             opset_imports={"": self.opset, DOMAIN: VERSION, **({MICROSOFT: 1} if MICROSOFT in domains else {})},
         )  # fmt: skip
         version = importlib.metadata.version("fxquant")
@@ -227,17 +227,6 @@ class _Exporter:
             producer_version=version, functions=functions(self.builder),
             metadata_props={"fxquant.version": version, **metadata},
         )  # fmt: skip
-
-    def kept(self, initializers: list[ir.Value]) -> list[ir.Value]:
-        """The packed weights of our own nodes where they are to stay packed in memory.
-
-        An initializer that is also listed as an input may be given another value at run time, so that onnxruntime
-        must not fold what is computed from it.
-        """
-        if self.options.optimize_for == "speed":
-            return []
-        read = {id(v) for node in self.builder.nodes if node.domain == DOMAIN for v in node.inputs}
-        return [v for v in initializers if id(v) in read and v.dtype == ir.DataType.UINT8]
 
 
 def _describe(value: ir.Value, about: NodeInfo) -> ir.Value:

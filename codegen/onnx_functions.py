@@ -84,6 +84,7 @@ def on_weight(
         "ragged": bool(cols % unit or cols % size),
         "cast": kind in _LAYERS and b.dtype != T.FLOAT,
         "scale": spec.scale == "fp16",
+        "unfolded": b.options.optimize_for == "memory",
     }
     operator = Operator(kind, spec.format)
     b.calls[operator] = b.calls.get(operator, frozenset()) | {name for name, asked in asks.items() if asked}
