@@ -92,7 +92,9 @@ def _rounded_by(b: Builder, x: ir.Value, spec: QuantSpec, given: list[torch.Tens
     if count is None and spec.block(tall, 1)[0] == 1:
         count = tall  # a row of scales for every row of x: only that many will do
     if not isinstance(width, int) or count is None:
-        raise UnsupportedError(f"activations in {spec} with scales given for blocks of x {list(dims(x))}, not all fixed")
+        raise UnsupportedError(
+            f"activations in {spec} with scales given for blocks of x {list(dims(x))}, not all fixed"
+        )
     block = spec.block(count, width)
     if tall not in (1, -(-count // block[0])):
         raise UnsupportedError(f"activations in {spec} with {tall} rows of given scales for {count} rows")

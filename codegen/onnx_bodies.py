@@ -1,4 +1,4 @@
-"""What the operators on packed weights of the ``fxquant`` domain are in standard operators: the bodies of their functions.
+"""Operators on packed weights of the ``fxquant`` domain in standard operators: the bodies of their functions.
 
 A body decodes planar bytes by table look-ups, one for each byte of the first plane, and multiplies by the scales. It is
 exact: values equal ``qtensor.dequantize``. ``onnx_functions`` makes functions of these bodies.

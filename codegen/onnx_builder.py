@@ -85,6 +85,9 @@ class Options:
                 raise ExportError(f"{name} is {given!r}; expected {', '.join(map(repr, allowed))}")
 
 
+DEFAULT = Options()
+
+
 @dataclass(frozen=True)
 class Operator:
     """An operator of our own domain: a kind on a format, and how it finds scales where it finds any."""
@@ -114,7 +117,7 @@ class Builder:
     """
 
     def __init__(
-        self, opset: int, options: Options = Options(), unique: Callable[[str], str] = lambda name: name
+        self, opset: int, options: Options = DEFAULT, unique: Callable[[str], str] = lambda name: name
     ) -> None:
         self.opset, self.options, self.unique = opset, options, unique
         self.nodes: list[ir.Node] = []
@@ -189,7 +192,7 @@ class Builder:
 
     def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """A new initializer, of ``name`` where that is free."""
-        value = ir.Value(name=self.unique(name), type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+        value = ir.Value(name=self.unique(name), type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape)))  # type: ignore[arg-type]
         tensor.name = value.name
         value.const_value = tensor
         self.tensors.append(value)

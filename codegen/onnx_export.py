@@ -20,9 +20,10 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 
-from fxquant.codegen.onnx_builder import Builder, Options, UnsupportedError, is_number, no_kernel, onnx_dtype
+from fxquant.codegen.onnx_builder import DEFAULT, Builder, Options, UnsupportedError, is_number, no_kernel, onnx_dtype
 from fxquant.codegen.onnx_file import FILE_LIMIT, writable, write
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
+from fxquant.codegen.onnx_metadata import described
 from fxquant.codegen.onnx_ops import BY_NAME, CONVERTERS, NO_VALUE
 from fxquant.codegen.onnx_standard import MICROSOFT
 from fxquant.errors import ExportError, SaveError
@@ -40,7 +41,7 @@ def export_onnx(
     path: str | Path,
     *,
     opset: int = 21,
-    options: Options = Options(),
+    options: Options = DEFAULT,
     metadata: Mapping[str, str] = {},
     external_data: bool | None = None,
     progress: Progress = quiet,
@@ -61,7 +62,7 @@ def export_onnx(
 
 
 def to_model(
-    program: Program, *, opset: int = 21, options: Options = Options(), metadata: Mapping[str, str] = {},
+    program: Program, *, opset: int = 21, options: Options = DEFAULT, metadata: Mapping[str, str] = {},
     progress: Progress = quiet,
 ) -> ir.Model:  # fmt: skip
     """``program`` as an ONNX model in memory; its initializers share the program's memory."""
@@ -222,10 +223,11 @@ class _Exporter:
             opset_imports={"": self.opset, DOMAIN: VERSION, **({MICROSOFT: 1} if MICROSOFT in domains else {})},
         )  # fmt: skip
         version = importlib.metadata.version("fxquant")
+        about = {"fxquant.version": version, **described(self.program, self.options)}
         return ir.Model(
             graph, ir_version=onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", self.opset], producer_name="fxquant",
             producer_version=version, functions=functions(self.builder),
-            metadata_props={"fxquant.version": version, **metadata},
+            metadata_props={**about, **metadata},
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""ONNX converters of operators on packed weights: nodes of the ``fxquant`` domain, or operators that onnxruntime has."""
+"""ONNX converters of layers on packed weights: nodes of the ``fxquant`` domain, or operators of onnxruntime."""
 
 from __future__ import annotations
 
@@ -112,7 +112,9 @@ def _weight(
     count, cols = matrix_shape(shape, held[0])
     want = packed_shape((count, cols), planar(parsed.format.bits)) if packed_codes else (count, cols)
     if held != want or count * cols != math.prod(shape):
-        raise UnsupportedError(f"a weight of shape {list(shape)} in {spec} has {list(held)} bytes; expected {list(want)}")
+        raise UnsupportedError(
+            f"a weight of shape {list(shape)} in {spec} has {list(held)} bytes; expected {list(want)}"
+        )
     plain = _plain_scale(b, count, scale, parsed, outer)
     return Weight(packed, plain, _each_row(b, count, zero_point, parsed), parsed, count, cols)
 

@@ -35,6 +35,7 @@ CASTS = {
 }  # fmt: skip
 """Formats that the runtime rounds to with a Cast: every tie and every saturation as ours."""
 _TINY = {"fp32": T.FLOAT, "fp16": T.FLOAT16, "bf16": T.BFLOAT16}
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 _LOWEST = -149
 """Exponent of the smallest float32."""
 
@@ -68,7 +69,7 @@ def _restored(f: Builder, x: ir.Value, scale: ir.Value, format: Format) -> ir.Va
 
 
 def _under_tensor_scale(f: Body, x: ir.Value, scale: ir.Value, outer: ir.Value) -> ir.Value:
-    """x times (1 / outer) / scale, as the tools of NVFP4 have it; scale and outer are multiplied first on the way back."""
+    """x times (1 / outer) / scale, as the tools of NVFP4 have it; back, times the product of scale and outer."""
     inverse = f.op("Div", f.op("Reciprocal", outer), scale)
     return f.op("Mul", rounded(f, f.op("Mul", x, inverse), f.format), f.op("Mul", scale, outer))
 
@@ -278,7 +279,7 @@ def _searched(f: Builder, ratio: ir.Value, format: Format) -> ir.Value:
     return f.op("Where", f.op("IsNaN", ratio, dtype=T.BOOL), ratio, found, dtype=T.FLOAT)
 
 
-def sorted_values(format: Format) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def sorted_values(format: Format) -> tuple[Floats, Floats]:
     """Boundaries ``[n - 1]`` between the increasing finite values ``[n]`` of a format, float32: x above boundary i is
     nearer to value i + 1. As ``grids`` has them for tables, and by magnitude for floats."""
     if isinstance(format, FloatFormat):

@@ -9,13 +9,14 @@ MatMulNBits   block: 16 to 256, a power of two   B uint8 [N, blocks, block * bit
               zero points [N, ceil(blocks * bits / 8)], packed as the codes are; K is filled up to whole blocks
 
 Groups that are multiples of a block have their scale repeated, as has one scale a row. What is exact and fast on
-onnxruntime's CPU was measured (docs/onnx.md): 4 bits with float32 activations (level 1; 2 and 8 bits there decode all of W
-at every call), every width with activations rounded to int8 (level 4).
+onnxruntime's CPU was measured (docs/onnx.md): 4 bits with float32 activations (level 1; 2 and 8 bits there decode all
+of W at every call), every width with activations rounded to int8 (level 4).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,6 +41,7 @@ LINEAR_TYPES = {
 """Formats of whole bytes that DequantizeLinear decodes as the reference does."""
 
 Bytes = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _zero_points(b: Builder, weight: Weight, block: int) -> ir.Value | None:
     return _made(b, weight, f"{weight.zero_point.name}_blocks{block}", packed)
 
 
-def _each_block(weight: Weight, value: ir.Value, block: int) -> np.ndarray:  # type: ignore[type-arg]
+def _each_block(weight: Weight, value: ir.Value, block: int) -> Array:
     """One value for every block of every row, from one a tensor, a row or a group."""
     assert value.const_value is not None
     array, blocks = value.const_value.numpy(), -(-weight.cols // block)
@@ -218,7 +220,7 @@ def _typed(b: Builder, weight: Weight, kind: ir.DataType) -> ir.Value:
     return _made(b, weight, name, array)
 
 
-def _made(b: Builder, weight: Weight, name: str, array: np.ndarray) -> ir.Value:  # type: ignore[type-arg]
+def _made(b: Builder, weight: Weight, name: str, array: Array) -> ir.Value:
     key = ("initializer", name)
     if key not in b.memo:
         b.memo[key] = b.initializer(name, ir.tensor(np.ascontiguousarray(array)))

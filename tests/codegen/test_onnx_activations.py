@@ -24,7 +24,19 @@ FORMATS = (
     "e2m1", "e3m0", "e1m2", "e3m2", "e2m3", "e4m3", "e5m2", "e3m4", "e4m3fnuz", "e5m2fnuz", "e4m3none", "e3m2b-1",
     "e2m1b1.5", "e3m0b2.5", "int2", "int4", "int8", "nf4", "higgs3", "lut(-1,-0.5,0,1)",
 )  # fmt: skip
-SCALES = ("fp32", "fp16", "bf16", "e5m3", "e8m0", "e8m0.ceil", "e8m0.round", "e8m0.even", "m1.ceil", "m1.floor", "m1.round")
+SCALES = (
+    "fp32",
+    "fp16",
+    "bf16",
+    "e5m3",
+    "e8m0",
+    "e8m0.ceil",
+    "e8m0.round",
+    "e8m0.even",
+    "m1.ceil",
+    "m1.floor",
+    "m1.round",
+)
 
 
 class Dynamic(nn.Module):
@@ -200,7 +212,8 @@ def test_float16_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [
-    "int8/token", "int8/group8", "e4m3/token", "e5m2/group8", "e4m3fnuz/token:fp16", "int8/token:e8m0", "int8/token:fp16",
+    "int8/token", "int8/group8", "e4m3/token", "e5m2/group8", "e4m3fnuz/token:fp16", "int8/token:e8m0",
+    "int8/token:fp16",
 ])  # fmt: skip
 def test_standard_operators_round_the_same(spec: str, tmp_path: Path) -> None:
     check(Dynamic(spec), rows(2, 9, 24), rows(1, 3, 24), path=tmp_path / "m.onnx", operators="standard")
@@ -227,5 +240,7 @@ def test_no_tokens(tmp_path: Path) -> None:
 
 def test_what_no_config_gives_is_refused(tmp_path: Path) -> None:
     program = capture(Dynamic("e2m1/group8:m2").eval(), (rows(2, 7, 24),))
-    with pytest.raises(ExportError, match=r"fake_quantize_dynamic cannot be written in ONNX: activations in e2m1/group8:m2"):
+    with pytest.raises(
+        ExportError, match="fake_quantize_dynamic cannot be written in ONNX: activations in e2m1/group8:m2"
+    ):
         export_onnx(program, tmp_path / "m.onnx")

@@ -177,7 +177,11 @@ def test_one_node_and_one_function_a_layer(tmp_path: Path) -> None:
     own = {n.op_type: n for n in model.graph.node if n.domain == "fxquant"}
     assert own.keys() == {"LinearBias_e3m2bn1", "Linear_e3m2bn1"} == {f.name for f in model.functions}
     assert [n.op_type for n in model.graph.node] == ["LinearBias_e3m2bn1", "Gelu", "Linear_e3m2bn1"]
-    assert {a.name: a.i for a in own["Linear_e3m2bn1"].attribute} == {"activation_bits": 32, "cols": 17, "group_size": 5}
+    assert {a.name: a.i for a in own["Linear_e3m2bn1"].attribute} == {
+        "activation_bits": 32,
+        "cols": 17,
+        "group_size": 5,
+    }
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
