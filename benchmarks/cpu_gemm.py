@@ -20,8 +20,8 @@ import onnx_ir as ir
 import torch
 
 from fxquant import packing
-from fxquant.codegen import cpu, cpu_library, cpu_source
-from fxquant.codegen.prepack import KernelWeight, Operands, prepare
+from fxquant.codegen import cpu, cpu_library
+from fxquant.codegen.prepack import Operands
 from fxquant.qtensor import quantize_tensor
 from fxquant.scheme import parse_spec
 
@@ -30,18 +30,22 @@ CACHE = 80 << 20
 """Bytes that the copies of a weight take together at least."""
 
 
-def ours(format: str, group: int, w: torch.Tensor, x: torch.Tensor) -> list[Call]:
+def ours(format: str, bits: int, group: int, w: torch.Tensor, x: torch.Tensor) -> list[Call]:
+    """``bits``: what x may be rounded to."""
     q = quantize_tensor(w, parse_spec(f"{format}/group{group}"))
     size = q.codes.numel() * q.spec.format.bits // 8
     calls: list[Call] = []
     kernels = cpu_library.library()
     for _ in range(-(-CACHE // size)):
         packed = packing.pack(q.codes, packing.planar(q.spec.format.bits))
-        weight = prepare(
-            Operands(packed, q.scale, q.zero_point, str(q.spec), q.shape, q.tensor_scale), run=cpu_source.RUN
-        )
-        assert isinstance(weight, KernelWeight), weight
-        calls.append(lambda weight=weight, packed=packed: cpu.linear(x, weight, None, kernels))
+        weight = cpu.packed_weight(Operands(packed, q.scale, q.zero_point, str(q.spec), q.shape, q.tensor_scale))
+        assert weight is not None
+
+        def call(weight: cpu.PackedWeight = weight) -> torch.Tensor:
+            with cpu.activation_bits(bits):
+                return cpu.linear(x, weight, None, kernels)
+
+        calls.append(call)
     return calls
 
 
@@ -108,6 +112,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--bits", nargs="+", type=int, default=[32, 16, 8], help="what x may be rounded to")
     parser.add_argument("--runs", type=int, default=30)
     options = parser.parse_args()
     w = torch.randn(options.size, options.size, generator=torch.Generator().manual_seed(0))
@@ -120,7 +125,11 @@ def main() -> None:
             "torch float32": torch_float(w, x),
             "MatMulNBits 4": ort_bits(4, options.group, w, x, threads),
             "MatMulNBits 8": ort_bits(8, options.group, w, x, threads),
-            **{f"fxquant {format}": ours(format, options.group, w, x) for format in options.formats},
+            **{
+                f"fxquant {format}{f', x in {bits} bits' if bits < 32 else ''}": ours(format, bits, options.group, w, x)
+                for format in options.formats
+                for bits in options.bits
+            },
         }
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(options.runs if M < 64 else max(5, options.runs // 4)):

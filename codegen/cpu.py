@@ -1,37 +1,43 @@
-"""cpu: the packed linear on a CPU, by compiled kernels. Importing this registers them; the first call compiles them.
+"""cpu: packed operators on a CPU, by compiled kernels. Importing this registers them; the first call compiles them.
 
-What runs for ``linear_wq`` on CPU tensors; every other operator runs its reference body::
+What runs for ``linear_wq`` and ``embedding_wq`` on CPU tensors; every other operator runs its reference body::
 
     x float32                    kernel, sums in float32
     x float16, bfloat16          kernel on x as float32, y rounded once
-    a weight without a kernel    reference (``prepack`` says why)
+    float64, 1 bit, scales of    reference
+    input channels
     no compiler, no cache        reference; said once, as a warning
 
-A kernel reads the packed words and never makes a float matrix of W: of 24 rows of it at a time, where x has several.
+Kernels read the packed bytes as they are: nothing is prepared but scales of unusual form. ``activation_bits`` lets them
+round x, for speed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fxquant import ops
-from fxquant.codegen.cpu_library import Library, library, threads
-from fxquant.codegen.cpu_source import NUMBERS, RUN, cpu_decoding
-from fxquant.codegen.prepack import KernelWeight, Operands, prepare
+from fxquant import ops, packing
+from fxquant.codegen.cpu_library import Library, Weight, library, parallel, threads
+from fxquant.codegen.prepack import Operands
 from fxquant.codegen.remember import remember
 from fxquant.errors import FxquantError
 from fxquant.formats import Format
-from fxquant.packing import pack
+from fxquant.qtensor import load_scale
+from fxquant.scales import Scales, power_of_two
+from fxquant.scheme import PerChannel, parse_spec
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATION_BITS = (32, 16, 8)
+"""What x may be rounded to; 32 is not at all."""
 
 
 def linear_wq(
@@ -44,26 +50,60 @@ def linear_wq(
         and x.dtype in _DTYPES
         and x.numel()
         and x.shape[-1] == shape[-1]
+        and len(shape) == 2
         and (kernels := available())
     ):
         operands = Operands(packed, scale, zero_point, spec, tuple(shape), tensor_scale, exponent_bias)
-        weight = prepare(operands, run=RUN)
-        if isinstance(weight, KernelWeight) and works(weight.decoding.format):
+        weight = packed_weight(operands)
+        if weight is not None and works(weight.format):
             return linear(x, weight, bias, kernels)
     return ops.linear_wq(x, packed, scale, zero_point, bias, spec, shape, tensor_scale, exponent_bias)
 
 
+def embedding_wq(
+    indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, shape: Sequence[int],
+    tensor_scale: Tensor | None = None, *, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """``ops.embedding_wq`` for CPU tensors."""
+    if not _REFERENCE.get() and indices.numel() and len(shape) == 2 and (kernels := available()):
+        weight = packed_weight(Operands(packed, scale, zero_point, spec, tuple(shape), tensor_scale))
+        if weight is not None and works(weight.format):
+            index = indices.reshape(-1).long().contiguous()
+            if int(index.min()) >= 0 and int(index.max()) < shape[0]:
+                to = torch.empty(*indices.shape, shape[1])
+                count = threads(to.numel())
+                kernels.rows(weight.pointer, index.data_ptr(), len(index), to.data_ptr(), parallel(), count)
+                return to.to(dtype or torch.float32)
+    return ops.embedding_wq(indices, packed, scale, zero_point, spec, shape, tensor_scale, dtype=dtype)
+
+
 _REFERENCE: ContextVar[bool] = ContextVar("reference", default=False)
+_BITS: ContextVar[int] = ContextVar("activation_bits", default=32)
 
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Operators run their reference bodies inside: for a call or two of a graph, for which no weight is prepared."""
+    """Operators run their reference bodies inside: for a call or two of a graph, for which no kernel is compiled."""
     before = _REFERENCE.set(True)
     try:
         yield
     finally:
         _REFERENCE.reset(before)
+
+
+@contextmanager
+def activation_bits(bits: int) -> Iterator[None]:
+    """Kernels may round x to so many bits inside, a scale for each row and 8 columns, where they are faster by that.
+
+    ||y - y64|| / ||y64|| on normal data, 4096 columns: 2e-7 for 32 bits, 2e-5 for 16, 5e-3 for 8.
+    """
+    if bits not in ACTIVATION_BITS:
+        raise ValueError(f"activation_bits is {bits}; allowed are {', '.join(map(str, ACTIVATION_BITS))}")
+    before = _BITS.set(bits)
+    try:
+        yield
+    finally:
+        _BITS.reset(before)
 
 
 @cache
@@ -78,9 +118,9 @@ def available() -> Library | None:
 
 @cache
 def works(format: Format) -> bool:
-    """Whether the kernels have a format, and give the right products for it on this machine; a warning where not."""
+    """Whether the kernels give the right products for a format on this machine; a warning where not."""
     kernels = available()
-    if kernels is None or format not in NUMBERS:
+    if kernels is None:
         return False
     if not gives_products(kernels, format):
         warnings.warn(f"the CPU kernel for {format} gives wrong results on this machine; not used", stacklevel=4)
@@ -88,60 +128,111 @@ def works(format: Format) -> bool:
     return True
 
 
-def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None, kernels: Library) -> Tensor:
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as the kernels take it, and the tensors that its addresses are of. ``factor`` is float32 ``[cols]``:
+    what x is multiplied by first, 2^-exponent bias."""
+
+    format: Format
+    struct: Weight
+    held: tuple[Tensor | None, ...]
+    factor: Tensor | None
+
+    @property
+    def pointer(self) -> int:
+        return ctypes.addressof(self.struct)
+
+    @property
+    def rows(self) -> int:
+        return int(self.struct.rows)
+
+    @property
+    def cols(self) -> int:
+        return int(self.struct.cols)
+
+
+def packed_weight(weight: Operands) -> PackedWeight | None:
+    """The weight for a kernel, None for one of codes that no kernel has. Kept as long as ``packed`` lives.
+
+    Raises InputError for tensors that do not fit the spec and the shape.
+    """
+    return remember(lambda: _packed_weight(weight), ("cpu", weight.spec, weight.shape), *weight.tensors)
+
+
+def _packed_weight(weight: Operands) -> PackedWeight | None:
+    spec, (rows, cols) = parse_spec(weight.spec), weight.shape
+    if not 2 <= spec.format.bits <= 8 or (isinstance(spec.granularity, PerChannel) and spec.granularity.axis):
+        return None
+    weight.check()
+    high, wide = spec.block(rows, cols)
+    scale, zero = weight.scale, weight.zero_point
+    plain = spec.kind.format is None and scale.dtype in (torch.float32, torch.float16) and weight.tensor_scale is None
+    if not plain:
+        scale = Scales(load_scale(scale, spec), None, weight.tensor_scale).effective.float()
+    if len(scale) not in (1, rows):
+        scale = scale.repeat_interleave(high, 0)[:rows]
+        zero = None if zero is None else zero.repeat_interleave(high, 0)[:rows]
+    scale, packed = scale.contiguous(), weight.packed.contiguous()
+    zero = None if zero is None else zero.contiguous()
+    values = table(spec.format)
+    factor = None if weight.exponent_bias is None else power_of_two(-weight.exponent_bias.int()).reshape(-1)
+    struct = Weight(
+        packed.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr(), values.data_ptr(), rows, cols,
+        min(wide, cols), spec.format.bits, scale.dtype == torch.float16, len(scale) == 1,
+    )  # fmt: skip
+    return PackedWeight(spec.format, struct, (packed, scale, zero, values), factor)
+
+
+@cache
+def table(format: Format) -> Tensor:
+    """The number of every code, float32 ``[2^bits]``."""
+    return format.table().float().contiguous()
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, kernels: Library) -> Tensor:
     """``x @ W^T + bias`` for x ``[..., K]``; ``[..., N]`` in x's dtype."""
-    rows = _arranged(x.reshape(-1, x.shape[-1]).float(), weight)
-    y = torch.empty(len(rows), weight.rows)
-    per_scale = weight.padded // weight.decoding.width if weight.group else weight.blocks * weight.decoding.slices
-    scale = _by_row(weight.scale)
-    zero = None if weight.zero is None else _by_row(weight.zero)
+    rows = x.reshape(-1, weight.cols).float()
+    if weight.factor is not None:
+        rows = rows * weight.factor
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if bias is not None:
+        bias = bias.float().contiguous()
+    y = torch.empty(*x.shape[:-1], weight.rows)
     failed = kernels.linear(
-        NUMBERS[weight.decoding.format], weight.words.data_ptr(), scale.data_ptr(),
-        None if zero is None else zero.data_ptr(), weight.rows, weight.blocks, scale.shape[1], per_scale,
-        rows.data_ptr(), len(rows), rows.stride(0), y.data_ptr(), y.stride(0),
-        threads(len(rows) * weight.rows * weight.cols),
+        weight.pointer, rows.data_ptr(), len(rows), rows.stride(0), None if bias is None else bias.data_ptr(),
+        y.data_ptr(), weight.rows, _BITS.get(), parallel(), threads(len(rows) * weight.rows * weight.cols),
     )  # fmt: skip
     if failed:
-        raise MemoryError("no memory for a panel of decoded weights (96 KB a thread)")
-    if bias is not None:
-        y += bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight.rows)
-
-
-def _by_row(value: Tensor) -> Tensor:
-    """Values of groups ``[groups, N]`` as float32 ``[N, groups]``, as the kernels read them; made once."""
-    return remember(lambda: value.T.float().contiguous(), "by row", value)
-
-
-def _arranged(rows: Tensor, weight: KernelWeight) -> Tensor:
-    """x in the columns of the packed words: groups filled up, and zeros to whole blocks."""
-    if not weight.even:
-        if weight.group and weight.padded != weight.group:
-            rows = F.pad(rows, (0, -rows.shape[1] % weight.group)).reshape(len(rows), -1, weight.group)
-            rows = F.pad(rows, (0, weight.padded - weight.group)).flatten(1)
-        rows = F.pad(rows, (0, weight.blocks * weight.decoding.block - rows.shape[1]))
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+        raise MemoryError(failed.decode())
+    return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
 def gives_products(kernels: Library, format: Format) -> bool:
-    """Whether the kernels multiply all codes of a format with small integers as float64 does, for 1 and 3 rows of x."""
-    of = cpu_decoding(format)
-    good = torch.tensor([c for c in range(2**format.bits) if c not in of.left_out], dtype=torch.uint8)
-    codes = good[torch.arange(5 * of.block) % len(good)].reshape(5, of.block)
-    words, scale = pack(of.codes(codes), of.layout).view(torch.int32), torch.full((1, 5), 2.0**of.log2)
-    x = torch.arange(3 * of.block).reshape(3, of.block).remainder(5).sub(2).float()
-    values = format.table()[codes.long()]
-    want, bound = x.double() @ values.T, 1e-5 * (x.abs().double() @ values.abs().T)
-    for M in (1, 3):
-        y = torch.empty(M, 5)
-        failed = kernels.linear(
-            NUMBERS[format], words.data_ptr(), scale.data_ptr(), None, 5, 1, 1, of.slices,
-            x.data_ptr(), M, of.block, y.data_ptr(), 5, 1,
-        )  # fmt: skip
-        if failed or not bool(((y.double() - want[:M]).abs() <= bound[:M]).all()):
-            return False
+    """Whether the kernels multiply all codes of a format with small integers as float64 does, for 1, 3 and 9 rows of x
+    and every rounding of x."""
+    rows, cols = 5, 2 * 2**format.bits + 24
+    values = format.table()
+    good = values.isfinite().nonzero().flatten().to(torch.uint8)
+    codes = good[torch.arange(rows * cols) % len(good)].reshape(rows, cols)
+    packed, scale, held = packing.pack(codes, packing.planar(format.bits)), torch.ones(rows, 1), table(format)
+    weight = Weight(
+        packed.data_ptr(), scale.data_ptr(), None, held.data_ptr(), rows, cols, cols, format.bits, False, False
+    )
+    x = torch.arange(9 * cols).reshape(9, cols).remainder(5).sub(2).float()
+    real = values[codes.long()]
+    want, bound = x.double() @ real.T, x.abs().double() @ real.abs().T
+    for M in (1, 3, 9):
+        for bits, error in ((32, 1e-5), (16, 1e-4), (8, 2e-2)):
+            y = torch.empty(M, rows)
+            failed = kernels.linear(
+                ctypes.addressof(weight), x.data_ptr(), M, cols, None, y.data_ptr(), rows, bits, None, 1
+            )
+            if failed or not bool(((y.double() - want[:M]).abs() <= error * bound[:M]).all()):
+                return False
     return True
 
 
 _library = torch.library.Library(ops.NAMESPACE, "IMPL")
 _library.impl("linear_wq", linear_wq, "CPU")
+_library.impl("embedding_wq", embedding_wq, "CPU")

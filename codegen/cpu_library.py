@@ -14,6 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,7 @@ from fxquant import cache as private
 from fxquant.codegen import cpu_source
 from fxquant.errors import KernelError
 
-_COMMON = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden")
+_COMMON = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
 _LEAST = 1 << 19
 """Products that are worth a thread: some 30 microseconds."""
 _SECONDS = 300
@@ -42,8 +44,10 @@ class InstructionSet:
 
 _X86 = (
     InstructionSet(
-        "avx512", ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
-        ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx2", "fma", "f16c"),
+        "avx512",
+        ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni", "-mavx2", "-mfma",
+         "-mf16c"),
+        ("avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512vbmi", "avx512_vnni", "avx2", "fma", "f16c"),
     ),
     InstructionSet("avx2", ("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c")),
 )  # fmt: skip
@@ -69,22 +73,32 @@ def _features() -> frozenset[str]:
     return frozenset(next((line.split(":")[1].split() for line in lines if line.startswith("flags")), ()))
 
 
+class Weight(ctypes.Structure):
+    """``fxq::Weight`` of ``native/packed.h``."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("zero", ctypes.c_void_p),
+        ("values", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64), ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int32), ("half_scale", ctypes.c_int32), ("one_scale_row", ctypes.c_int32),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Library:
-    """Compiled kernels for one instruction set."""
+    """Compiled kernels for one instruction set: ``fxquant_linear`` and ``fxquant_rows`` of ``native/library.cpp``."""
 
     isa: InstructionSet
     path: Path
     linear: ctypes._NamedFuncPointer
+    rows: ctypes._NamedFuncPointer
 
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C++ compiler: its path, what it says it is, and whether it makes OpenMP that torch's own threads run."""
+    """A C++ compiler: its path, and what it says it is."""
 
     path: str
     version: str
-    threads: bool
 
 
 @cache
@@ -97,9 +111,7 @@ def compiler() -> Compiler:
     said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
     if said.returncode:
         raise KernelError(f"{path} --version failed: {said.stderr.strip()[:200]}")
-    # code of GCC calls GOMP_parallel, which torch's own OpenMP has; what Clang calls it may not have
-    gnu = "Free Software Foundation" in said.stdout
-    return Compiler(path, said.stdout.splitlines()[0], gnu and hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+    return Compiler(path, said.stdout.splitlines()[0])
 
 
 @cache
@@ -112,48 +124,61 @@ def library(name: str = "") -> Library:
     if isa is None:
         raise KernelError(f"this CPU has no {name}; it has {', '.join(one.name for one in instruction_sets())}")
     with_ = compiler()
-    flags = (*_COMMON, *isa.flags, *(("-fopenmp",) if with_.threads else ()), f"-DFXQ_ISA={isa.name}")
+    flags = (*_COMMON, *isa.flags)
     key = "\0".join([cpu_source.origin(), with_.path, with_.version, *flags])
     file = f"cpu_{isa.name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     path = private.folder() / file
     if private.read_bytes(file) is None:
-        private.write_bytes(file, _compiled(with_, flags, cpu_source.library_source(threads=with_.threads)))
+        private.write_bytes(file, compiled(with_, flags, cpu_source.sources()))
+    return _loaded(isa, path)
+
+
+def _loaded(isa: InstructionSet, path: Path) -> Library:
     try:
-        loaded = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(path))
     except OSError as error:
         raise KernelError(f"the CPU kernels cannot be loaded: {error}") from error
-    linear = getattr(loaded, f"fxquant_linear_{isa.name}")
-    linear.restype = ctypes.c_int
-    linear.argtypes = _ARGUMENTS
-    return Library(isa, path, linear)
+    pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    linear, rows = found.fxquant_linear, found.fxquant_rows
+    linear.restype, rows.restype = ctypes.c_char_p, None
+    linear.argtypes = [pointer, pointer, size, size, pointer, pointer, size, count, pointer, size]
+    rows.argtypes = [pointer, pointer, size, pointer, pointer, size]
+    return Library(isa, path, linear, rows)
 
 
-_P, _I = ctypes.c_void_p, ctypes.c_int64
-_ARGUMENTS = [_I, _P, _P, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I]
-
-
-def _compiled(with_: Compiler, flags: tuple[str, ...], text: str) -> bytes:
-    """The shared library, compiled in a temporary folder."""
+def compiled(with_: Compiler, flags: tuple[str, ...], sources: Mapping[str, str]) -> bytes:
+    """The shared library of ``cpu_source.UNITS``, compiled in a temporary folder. Raises KernelError."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "gemm.h").write_text(cpu_source.header(), encoding="utf-8")
-        (folder / "library.cpp").write_text(text, encoding="utf-8")
-        # compiled with OpenMP, linked without: the symbols are those of the OpenMP that torch has loaded
-        steps = (
-            [with_.path, *(f for f in flags if f != "-shared"), "-c", "library.cpp", "-o", "library.o"],
-            [with_.path, "-shared", "library.o", "-o", "library.so"],
-        )
-        for step in steps:
+        for file, text in sources.items():
+            (folder / file).write_text(text, encoding="utf-8")
+
+        def run(*arguments: str) -> None:
             try:
-                done = subprocess.run(step, cwd=folder, capture_output=True, text=True, timeout=_SECONDS, check=False)
+                done = subprocess.run([with_.path, *arguments], cwd=folder, capture_output=True, text=True,
+                                      timeout=_SECONDS, check=False)  # fmt: skip
             except subprocess.TimeoutExpired as error:
                 raise KernelError(f"{with_.path} took more than {_SECONDS} s for the CPU kernels") from error
             if done.returncode:
                 raise KernelError(f"{with_.path} does not compile the CPU kernels: {done.stderr.strip()[:400]}")
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the threads wait for compilers
+            list(pool.map(lambda unit: run(*flags, "-c", f"{unit}.cpp", "-o", f"{unit}.o"), cpu_source.UNITS))
+        run("-shared", *(f"{unit}.o" for unit in cpu_source.UNITS), "-o", "library.so")
         return (folder / "library.so").read_bytes()
+
+
+@cache
+def parallel() -> int | None:
+    """The address of ``GOMP_parallel`` of the OpenMP that torch has loaded, whose threads are torch's; None where it
+    has another OpenMP: kernels then run in the calling thread."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    except AttributeError:
+        return None
 
 
 def threads(products: int) -> int:
     """Threads for so many products: as many as torch's operators take, but none that has less to do than waking it
     costs."""
-    return max(1, min(torch.get_num_threads(), products // _LEAST)) if compiler().threads else 1
+    return max(1, min(torch.get_num_threads(), products // _LEAST))

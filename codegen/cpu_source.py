@@ -1,79 +1,28 @@
-"""C++ sources of the CPU kernels: the decoding of every format printed from its layout, around ``native/gemm.h``.
+"""C++ sources of the CPU kernels, ``native/``: for torch and for onnxruntime in one library.
 
-One source is compiled once for each instruction set; the compiler's vector types stand for its registers.
+They know no format: what a code means is a table of numbers that a host gives, and codes lie as they do on disk. One
+source is compiled once for each instruction set.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 
-import jinja2
-
-from fxquant.codegen import bit_printers
-from fxquant.decodings import KERNEL_FORMATS, Decoding, decoding
-from fxquant.formats import Format, parse_format
-
-RUN = 8
-"""Words side by side: a vector of 256 bits, two of 128, or half of one of 512."""
-FORMATS: tuple[Format, ...] = (
-    *KERNEL_FORMATS,
-    *(
-        parse_format(name)
-        for name in ("int2", "int3", "int5", "int6", "int7", "uint2", "uint3", "uint5", "uint6", "uint7")
-    ),
-)
-"""Formats of the library."""
-NUMBERS = {format: number for number, format in enumerate(FORMATS)}
-"""What the library calls a format: its place in ``FORMATS``."""
-
-
-@dataclass(frozen=True)
-class Printed:
-    """A format as the template takes it."""
-
-    name: str
-    log2: int
-    words: int
-    slices: int
-    lines: list[str]
-
-
-def cpu_decoding(format: Format) -> Decoding:
-    """The decoding that the library has for a format. Raises FormatError where there is none."""
-    return decoding(format, run=RUN)
+UNITS = ("exact", "rounded", "library", "ort")
+"""What is compiled by itself; products are the first two."""
 
 
 @cache
-def library_source(*, threads: bool) -> str:
-    """The text of the library; ``threads``: with OpenMP."""
-    text = (files("fxquant.codegen") / "native" / "library.cpp.j2").read_text(encoding="utf-8")
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    formats = [_printed(cpu_decoding(format)) for format in FORMATS]
-    return template.from_string(text).render(version=version("fxquant"), threads=threads, formats=formats)
-
-
-@cache
-def header() -> str:
-    """``gemm.h``."""
-    return (files("fxquant.codegen") / "native" / "gemm.h").read_text(encoding="utf-8")
+def sources() -> dict[str, str]:
+    """Name -> text of every file that a compiler needs, headers too."""
+    native = files("fxquant.codegen") / "native"
+    found = sorted(file.name for file in native.iterdir() if file.name.endswith((".h", ".cpp")))
+    return {name: (native / name).read_text(encoding="utf-8") for name in found}
 
 
 @cache
 def origin() -> str:
-    """All that ``library_source`` is made from, as text: cheaper than the library itself, and as good a key."""
-    own = [files("fxquant") / name for name in ("bitops.py", "tilings.py", "decodings.py", "layouts.py", "grids.py")]
-    codegen = files("fxquant.codegen")
-    made = [codegen / name for name in ("bit_printers.py", "cpu_source.py", "native/library.cpp.j2", "native/gemm.h")]
-    return "\0".join([version("fxquant"), *(file.read_text(encoding="utf-8") for file in (*own, *made))])
-
-
-def _printed(of: Decoding) -> Printed:
-    steps = bit_printers.steps_of(of.outputs, {word.name: f"q[{i}]" for i, word in enumerate(of.words)})
-    lines = [
-        *bit_printers.cpp(steps, vector="words"),
-        *(f"out[{i}] = {name};" for i, name in enumerate(steps.results)),
-    ]
-    return Printed(str(of.format), of.log2, len(of.words), of.slices, lines)
+    """All that the library is made from, as text: the key of what was compiled."""
+    return "\0".join([version("fxquant"), *(f"{name}\0{text}" for name, text in sources().items())])

@@ -89,18 +89,18 @@ class Declined:
     reason: str
 
 
-def prepare(weight: Operands, target: FloatFormat | None = None, *, run: int = 0) -> KernelWeight | Declined:
+def prepare(weight: Operands, target: FloatFormat | None = None) -> KernelWeight | Declined:
     """The weight for a kernel of float16 (``target`` None) or of that FP8, or why there is none.
 
     The result is kept as long as ``packed`` lives.
 
     Raises InputError for tensors that do not fit the spec and the shape.
     """
-    what = ("kernel", target, run, weight.spec, weight.shape)
-    return remember(lambda: _prepare(weight, target, run), what, *weight.tensors)
+    what = ("kernel", target, weight.spec, weight.shape)
+    return remember(lambda: _prepare(weight, target), what, *weight.tensors)
 
 
-def _prepare(weight: Operands, target: FloatFormat | None, run: int) -> KernelWeight | Declined:
+def _prepare(weight: Operands, target: FloatFormat | None) -> KernelWeight | Declined:
     spec = parse_spec(weight.spec)
     if isinstance(spec.granularity, PerChannel) and spec.granularity.axis:
         return Declined(f"{spec} has a scale for every input channel, and sums run over those")
@@ -113,7 +113,7 @@ def _prepare(weight: Operands, target: FloatFormat | None, run: int) -> KernelWe
     wide = spec.block(rows, cols)[1]
     group = 0 if wide >= cols else wide
     try:
-        made = _decoding(spec, target, group, cols, run)
+        made = _decoding(spec, target, group, cols)
         if target is not None and spec.has_zero_point:
             return Declined(f"{spec} has zero points, which an FP8 product cannot take off")
         codes = packing.unpack(weight.packed, packing.planar(spec.format.bits), cols)
@@ -123,10 +123,10 @@ def _prepare(weight: Operands, target: FloatFormat | None, run: int) -> KernelWe
         return Declined(str(error))
 
 
-def _decoding(spec: QuantSpec, target: FloatFormat | None, group: int, cols: int, run: int) -> Decoding:
+def _decoding(spec: QuantSpec, target: FloatFormat | None, group: int, cols: int) -> Decoding:
     """Slices that divide a group, or the smallest, which a group is then filled up to."""
-    if run or not group:
-        return decoding(spec.format, target, cols=cols, run=run)
+    if not group:
+        return decoding(spec.format, target, cols=cols)
     least = 16 if target is None else 32
     padded = -(-group // least) * least
     return decoding(spec.format, target, group=padded, cols=-(-cols // group) * padded)

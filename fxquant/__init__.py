@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxquant.allocation import allocate as allocate
+    from fxquant.codegen.ort_library import custom_ops_library as custom_ops_library
+    from fxquant.codegen.ort_library import onnx_session as onnx_session
     from fxquant.compiled import CompiledModel as CompiledModel
     from fxquant.config import RECIPES as RECIPES
     from fxquant.config import Config as Config
@@ -39,9 +41,11 @@ _PUBLIC = {
     "RECIPES": ("fxquant.config", "RECIPES"),
     "allocate": ("fxquant.allocation", "allocate"),
     "compile": ("fxquant.pipeline", "compile"),
+    "custom_ops_library": ("fxquant.codegen.ort_library", "custom_ops_library"),
     "format": ("fxquant.formats", "parse_format"),
     "load": ("fxquant.pipeline", "load"),
     "load_config": ("fxquant.config", "load_config"),
+    "onnx_session": ("fxquant.codegen.ort_library", "onnx_session"),
     "quantize_": ("fxquant.pipeline", "quantize_"),
     "quantize_tensor": ("fxquant.qtensor", "quantize_tensor"),
 }  # public name -> module and name there

@@ -1,226 +1,416 @@
-// Products of float activations and packed weights: y[m][n] = sum over k of x[m][k] * W[n][k].
+// y = x W^T in float32: one row of x, a few, or many. Every y[m][n] is summed in an order that depends on nothing but the
+// shape: the same bits for any number of threads.
 //
-// Compiled once for every instruction set, in the namespace FXQ_ISA. The vector types are the compiler's own, so that one
-// source serves AVX2, AVX-512, NEON and anything else; a format is a struct whose decode is printed from its layout
-// (fxquant.decodings, units of 8 words side by side):
-//
-//     words   uint32 [N][blocks][WORDS][8]        decode: WORDS vectors -> SLICES vectors of 16 float16,
-//     scale   float  [N][groups]                          slice s has columns 16 s .. 16 s + 15 of the block
-//     zero    float  [N][groups] or null          W = (float16 - zero) * scale
-//
-// Every y[m][n] is summed by one thread, in an order that depends on nothing but the shape: the same bits for any number
-// of threads.
+//     one    a dot product along k; what a block adds up to is scaled             reads W at the speed of memory
+//     few    rows of W against up to 8 rows of x, numbers scaled as they are decoded
+//     many   a strip of W is decoded to floats, then multiplied by panels of x in which neighbours are rows
 #pragma once
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#if defined(__AVX2__) && defined(__F16C__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "codes.h"
+#include <new>
+#include <type_traits>
+#include <vector>
 
-namespace FXQ_ISA {
+namespace fxq {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16; // floats of a vector
-constexpr int R = 6, C = 4; // rows of x and of W whose products are summed at once: R * C + C + 1 registers of 32
-#else
-constexpr int LANES = 8;
-constexpr int R = 4, C = 3; // of 16 registers
-#endif
-constexpr int RUN = 8;     // words of a unit that lie side by side
-constexpr int WIDTH = 16;  // columns of a slice
-constexpr int VECTORS = WIDTH / LANES;
-constexpr int AHEAD = 512; // words that are fetched before they are needed: 2 KB, farther than the CPU fetches by itself
+constexpr int64_t STRIP = 48; // rows of W of one piece of work
+constexpr int64_t CHUNK = 512; // columns that few and many take at a time: rows of x stay in the first cache
+constexpr int64_t MOST = 512; // rows of x that many takes at a time
 
-typedef uint32_t loose_words __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t words __attribute__((vector_size(32)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef float loose_floats __attribute__((vector_size(4 * LANES), aligned(4)));
+enum Kind { WIDE, EVEN, UNEVEN }; // a group has whole blocks; a block has whole groups; neither
 
-struct Weight {
-    const uint32_t *words;
-    const float *scale, *zero;
-    int64_t rows, blocks, groups, per_scale; // per_scale: slices that share a scale
+// Where the scale of every column is, for blocks of a decoder D.
+template <class D> struct Grouping {
+    Kind kind;
+    int64_t groups, per_block;
+    std::vector<int32_t> first; // group of a block's first column
+    std::vector<int32_t> uneven; // UNEVEN: group of every column in the decoder's order
+    int32_t lane[D::HALVES][LANES]; // EVEN: group of a lane, counted from the first of the block
+
+    explicit Grouping(const Weight &w) : groups(ceil_div(w.cols, w.group)) {
+        const int64_t g = w.group, blocks = ceil_div(w.cols, D::BLOCK);
+        kind = g % D::BLOCK == 0 || g >= w.cols ? WIDE : D::BLOCK % g == 0 ? EVEN : UNEVEN;
+        per_block = D::BLOCK / g > 0 ? D::BLOCK / g : 1;
+        for (int64_t b = 0; b < blocks; b++) first.push_back((int32_t)(b * D::BLOCK / g));
+        for (int v = 0; kind == EVEN && v < D::VECTORS; v++)
+            for (int l = 0; l < LANES; l++) {
+                int32_t group = (int32_t)(D::column(v, l) / g), &known = lane[D::half_of(v)][l];
+                bool seen = false;
+                for (int u = 0; u < v; u++) seen = seen || D::half_of(u) == D::half_of(v);
+                if (seen && known != group) kind = UNEVEN; // groups too short for the order of the columns
+                known = group;
+            }
+        for (int64_t b = 0; kind == UNEVEN && b < blocks; b++)
+            for (int v = 0; v < D::VECTORS; v++)
+                for (int l = 0; l < LANES; l++)
+                    uneven.push_back((int32_t)least((b * D::BLOCK + D::column(v, l)) / g, groups - 1));
+    }
 };
 
-static inline floats load(const float *from) { return *reinterpret_cast<const loose_floats *>(from); }
-static inline void store(float *to, floats value) { *reinterpret_cast<loose_floats *>(to) = value; }
-static inline floats all(float value) { return floats{} + value; }
-
-static inline float sum(floats v) {
-    float part[LANES];
-    std::memcpy(part, &v, sizeof part);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+static inline float scale_at(const Weight &w, int64_t i) {
+    return w.half_scale ? half_to_float(static_cast<const uint16_t *>(w.scale)[i])
+                        : static_cast<const float *>(w.scale)[i];
 }
 
-#if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__F16C__)) && !defined(__aarch64__)
-#define FXQ_BY_HAND 1 // no instruction for it: a function, since a copy of it at every place takes minutes to compile
+// Scales (and zero points) of a block's lanes.
+template <class D> struct Scales {
+    const Weight &w;
+    const Grouping<D> &grouping;
+    int64_t at; // of the row's first group
+#if FXQ_AVX512
+    __m512i lane[D::HALVES];
 #endif
 
-// 16 float16, two a word, as floats in the same order
-#ifdef FXQ_BY_HAND
-__attribute__((noinline)) static void to_floats(words w, floats *to);
-#else
-static inline void to_floats(words w, floats *to);
+    Scales(const Weight &w, const Grouping<D> &grouping) : w(w), grouping(grouping), at(0) {
+#if FXQ_AVX512
+        for (int h = 0; h < D::HALVES; h++) lane[h] = _mm512_loadu_si512(grouping.lane[h]);
 #endif
-static void to_floats(words w, floats *to) {
-#if defined(__AVX512F__)
-    to[0] = (floats)_mm512_cvtph_ps((__m256i)w);
-#elif defined(__AVX2__) && defined(__F16C__)
-    to[0] = (floats)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)w));
-    to[1] = (floats)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)w, 1));
-#elif defined(__aarch64__)
-    float16x4_t h[4];
-    std::memcpy(h, &w, sizeof h);
-    float32x4_t f[4] = {vcvt_f32_f16(h[0]), vcvt_f32_f16(h[1]), vcvt_f32_f16(h[2]), vcvt_f32_f16(h[3])};
-    std::memcpy(to, f, sizeof f);
-#else
-    uint16_t h[WIDTH];
-    std::memcpy(h, &w, sizeof h);
-    float f[WIDTH];
-    for (int i = 0; i < WIDTH; i++) {
-        const uint32_t one = 113u << 23;
-        uint32_t bits = (uint32_t)(h[i] & 0x7FFF) << 13, exponent = bits & 0x0F800000u;
-        float value, less = 0;
-        if (exponent == 0) { // a subnormal, as (1 + m) - 1 in units of 2^-14
-            bits += one;
-            std::memcpy(&less, &one, sizeof less);
-        } else {
-            bits += exponent == 0x0F800000u ? 224u << 23 : 112u << 23;
-        }
-        std::memcpy(&value, &bits, sizeof value);
-        f[i] = h[i] & 0x8000 ? less - value : value - less;
     }
-    std::memcpy(to, f, sizeof f);
+
+    FXQ_INLINE void row(int64_t n) { at = w.one_scale_row ? 0 : n * grouping.groups; }
+
+    FXQ_INLINE void load(int64_t block, floats *scale, floats *zero) const { // by halves; not for UNEVEN
+        const int64_t i = at + grouping.first[block];
+        if (grouping.kind == WIDE) {
+            floats s = all(scale_at(w, i)), z = w.zero ? all(w.zero[i]) : floats{};
+            for (int h = 0; h < D::HALVES; h++) scale[h] = s, zero[h] = z;
+            return;
+        }
+        const int64_t there = least(grouping.per_block, grouping.groups - grouping.first[block]);
+#if FXQ_AVX512
+        const __mmask16 mask = (__mmask16)((1u << there) - 1);
+        __m512 s = w.half_scale
+            ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t *>(w.scale) + i))
+            : _mm512_maskz_loadu_ps(mask, static_cast<const float *>(w.scale) + i);
+        for (int h = 0; h < D::HALVES; h++) scale[h] = (floats)_mm512_permutexvar_ps(lane[h], s);
+        for (int h = 0; h < D::HALVES; h++) zero[h] = floats{};
+        if (w.zero) {
+            __m512 z = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zero + i)));
+            for (int h = 0; h < D::HALVES; h++) zero[h] = (floats)_mm512_permutexvar_ps(lane[h], z);
+        }
+#else
+        for (int h = 0; h < D::HALVES; h++)
+            for (int l = 0; l < LANES; l++) {
+                const int64_t g = grouping.lane[h][l];
+                scale[h][l] = g < there ? scale_at(w, i + g) : 0.0f;
+                zero[h][l] = w.zero && g < there ? (float)w.zero[i + g] : 0.0f;
+            }
 #endif
+    }
+
+    __attribute__((noinline)) void one_by_one(const int32_t *group, float *scale, float *zero) const {
+        for (int l = 0; l < LANES; l++) {
+            scale[l] = scale_at(w, at + group[l]);
+            if (w.zero) zero[l] = w.zero[at + group[l]];
+        }
+    }
+
+    // out = (out - zero) * scale
+    FXQ_INLINE void apply(int64_t block, floats *out) const {
+        if (grouping.kind == UNEVEN) {
+#pragma GCC unroll 8
+            for (int v = 0; v < D::VECTORS; v++) {
+                float scale[LANES], zero[LANES]{};
+                one_by_one(grouping.uneven.data() + block * D::BLOCK + v * LANES, scale, zero);
+                out[v] = (out[v] - fxq::load(zero)) * fxq::load(scale);
+            }
+            return;
+        }
+        floats scale[D::HALVES], zero[D::HALVES];
+        load(block, scale, zero);
+#pragma GCC unroll 8
+        for (int v = 0; v < D::VECTORS; v++) out[v] = (out[v] - zero[D::half_of(v)]) * scale[D::half_of(v)];
+    }
+};
+
+// x[m][k] in the order of D's columns, zeros beyond the last: to[k'], one every stride.
+template <class D>
+static void arrange(const float *x, int64_t cols, int64_t from_block, int64_t to_block, float *to, int64_t stride) {
+    for (int64_t b = from_block; b < to_block; b++)
+        for (int v = 0; v < D::VECTORS; v++)
+            for (int l = 0; l < LANES; l++, to += stride) {
+                const int64_t k = b * D::BLOCK + D::column(v, l);
+                *to = k < cols ? x[k] : 0.0f;
+            }
 }
 
-template <class Format> static inline const uint32_t *decode(const uint32_t *q, words *out) {
-    words in[Format::WORDS];
-    for (int i = 0; i < Format::WORDS; i++) in[i] = (words) * reinterpret_cast<const loose_words *>(q + i * RUN);
-    Format::decode(in, out);
-    return q + Format::WORDS * RUN;
-}
+// A product under way: what all of its pieces share.
+template <class D> struct Product {
+    const Weight &w;
+    const float *x, *bias;
+    int64_t M, x_stride, y_stride;
+    float *y;
+    const Tables &tables;
+    Grouping<D> grouping;
+    int64_t blocks, width; // width: rows of x that lie side by side in a panel of many
+    float *arranged = nullptr; // one: [K']  few: [chunk][M][CHUNK]  many: [chunk][panel][CHUNK][width]
+    float *lanes = nullptr;    // one, with zero points: what the lanes of x add up to, [blocks][HALVES][LANES]
+    const char *failed = nullptr;
 
-// One row of x: what EVERY slices add up to is scaled at once.
-template <class Format, int EVERY>
-static void row(const Weight &w, const float *x, float *y, int64_t from, int64_t to) {
-    for (int64_t n = from; n < to; n++) {
-        const uint32_t *q = w.words + n * w.blocks * Format::WORDS * RUN;
-        const float *scale = w.scale + n * w.groups, *xs = x;
+    Product(const Weight &w, const Tables &tables, const float *x, int64_t M, int64_t x_stride, const float *bias,
+            float *y, int64_t y_stride)
+        : w(w), x(x), bias(bias), M(M), x_stride(x_stride), y_stride(y_stride), y(y), tables(tables), grouping(w),
+          blocks(ceil_div(w.cols, D::BLOCK)), width(0) {}
+    ~Product() { delete[] arranged, delete[] lanes; }
+    Product(const Product &) = delete;
+
+    int64_t pieces() const { return ceil_div(w.rows, STRIP); }
+    int64_t first(int64_t piece) const { return piece * STRIP; }
+    int64_t last(int64_t piece) const { return least((piece + 1) * STRIP, w.rows); }
+};
+
+// --- one row of x ---------------------------------------------------------------------------------------------------
+template <class D, bool ZERO> static void one_piece(void *data, int64_t piece) {
+    const Product<D> &p = *static_cast<const Product<D> *>(data);
+    const D decode(p.tables);
+    Scales<D> scales(p.w, p.grouping);
+    for (int64_t n = p.first(piece); n < p.last(piece); n++) {
+        const Row row = row_of(p.w, n);
+        scales.row(n);
         floats total[2]{};
-        int64_t done = 0;
-        for (int64_t block = 0; block < w.blocks; block++, xs += Format::SLICES * WIDTH) {
-            words out[Format::SLICES];
-            for (int line = 0; line < Format::WORDS * RUN; line += 16) __builtin_prefetch(q + AHEAD + line);
-            q = decode<Format>(q, out);
-#pragma GCC unroll 16
-            for (int part = 0; part < Format::SLICES / EVERY; part++) {
-                floats sums[2]{};
-#pragma GCC unroll 16
-                for (int s = part * EVERY; s < (part + 1) * EVERY; s++) {
-                    floats value[VECTORS];
-                    to_floats(out[s], value);
+        for (int64_t block = 0; block < p.blocks; block++) {
+            floats out[D::VECTORS], sums[2]{}, scale[D::HALVES], zero[D::HALVES];
+            decode(row, block, out);
+            scales.load(block, scale, zero);
+            const float *xs = p.arranged + block * D::BLOCK;
+#pragma GCC unroll 8
+            for (int v = 0; v < D::VECTORS; v++)
+                sums[D::HALVES == 2 ? D::half_of(v) : v & 1] += out[v] * load(xs + v * LANES);
+            if (D::HALVES == 1) sums[0] += sums[1];
 #pragma GCC unroll 2
-                    for (int v = 0; v < VECTORS; v++)
-                        sums[(s * VECTORS + v) % 2] += value[v] * load(xs + s * WIDTH + v * LANES);
-                }
-                total[part % 2] += (sums[0] + sums[1]) * *scale;
-                if ((done += EVERY) == w.per_scale) done = 0, scale++;
+            for (int h = 0; h < D::HALVES; h++) {
+                if (ZERO) sums[h] -= zero[h] * load(p.lanes + (block * D::HALVES + h) * LANES);
+                total[h] += sums[h] * scale[h];
             }
         }
-        y[n] = sum(total[0] + total[1]);
+        p.y[n] = sum(total[0] + total[1]) + (p.bias ? p.bias[n] : 0.0f);
     }
 }
 
-// The values of a block of a row: SLICES * WIDTH floats.
-template <class Format> static inline void dense(const Weight &w, int64_t n, int64_t block, float *to) {
-    words out[Format::SLICES];
-    decode<Format>(w.words + (n * w.blocks + block) * Format::WORDS * RUN, out);
-    int64_t at = n * w.groups + block * Format::SLICES / w.per_scale, done = block * Format::SLICES % w.per_scale;
-#pragma GCC unroll 16
-    for (int s = 0; s < Format::SLICES; s++) {
-        floats value[VECTORS], scale = all(w.scale[at]), zero = w.zero ? all(w.zero[at]) : floats{};
-        to_floats(out[s], value);
-        for (int v = 0; v < VECTORS; v++) store(to + s * WIDTH + v * LANES, (value[v] - zero) * scale);
-        if (++done == w.per_scale) done = 0, at++;
-    }
+template <class D, bool ZERO> static void one(Product<D> &p, const Threads &threads) {
+    const int64_t size = p.blocks * D::BLOCK;
+    p.arranged = new (std::nothrow) float[size];
+    if (ZERO) p.lanes = new (std::nothrow) float[p.blocks * D::HALVES * LANES]();
+    if (!p.arranged || (ZERO && !p.lanes)) return void(p.failed = NO_MEMORY);
+    arrange<D>(p.x, p.w.cols, 0, p.blocks, p.arranged, 1);
+    for (int64_t b = 0; ZERO && b < p.blocks; b++)
+        for (int v = 0; v < D::VECTORS; v++)
+            for (int l = 0; l < LANES; l++)
+                p.lanes[(b * D::HALVES + D::half_of(v)) * LANES + l] += p.arranged[(b * D::VECTORS + v) * LANES + l];
+    threads.run(threads.host, p.pieces(), one_piece<D, ZERO>, &p);
 }
 
-// ROWS rows of x times COLS rows of values, both along k: what is summed are vectors, each added up at the end.
-template <int ROWS, int COLS>
-static inline void corner(const float *x, int64_t x_stride, const float *v, int64_t v_stride, int64_t count, float *y,
-                          int64_t y_stride, bool first) {
-    floats acc[ROWS][COLS]{};
-    for (int64_t k = 0; k < count; k += LANES) {
-        floats b[COLS];
+// --- a few ----------------------------------------------------------------------------------------------------------
+constexpr int FEW = 8; // rows of x at a time, each with a sum in a register
+
+template <class D, int ROWS>
+__attribute__((noinline)) static void few_rows(const D &decode, const Scales<D> &scales, const Row &row, int64_t from, int64_t to,
+                            const float *x, floats *total) {
+    floats sums[ROWS];
+    for (int m = 0; m < ROWS; m++) sums[m] = total[m];
+    for (int64_t block = from; block < to; block++) {
+        floats out[D::VECTORS];
+        decode(row, block, out);
+        scales.apply(block, out);
+        const float *xs = x + (block - from) * D::BLOCK;
 #pragma GCC unroll 8
-        for (int c = 0; c < COLS; c++) b[c] = load(v + c * v_stride + k);
+        for (int v = 0; v < D::VECTORS; v++)
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            floats a = load(x + r * x_stride + k);
-#pragma GCC unroll 8
-            for (int c = 0; c < COLS; c++) acc[r][c] += a * b[c];
+            for (int m = 0; m < ROWS; m++) sums[m] += out[v] * load(xs + m * CHUNK + v * LANES);
+    }
+    for (int m = 0; m < ROWS; m++) total[m] = sums[m];
+}
+
+template <class D> static void few_piece(void *data, int64_t piece) {
+    Product<D> &p = *static_cast<Product<D> *>(data);
+    const D decode(p.tables);
+    Scales<D> scales(p.w, p.grouping);
+    constexpr int64_t STEP = CHUNK / D::BLOCK;
+    floats *totals = new (std::nothrow) floats[STRIP * p.M]();
+    if (!totals) return void(p.failed = NO_MEMORY);
+    for (int64_t from = 0; from < p.blocks; from += STEP) {
+        const int64_t to = least(from + STEP, p.blocks);
+        const float *x = p.arranged + from / STEP * p.M * CHUNK;
+        for (int64_t n = p.first(piece); n < p.last(piece); n++) {
+            const Row row = row_of(p.w, n);
+            scales.row(n);
+            floats *total = totals + (n - p.first(piece)) * p.M;
+            int64_t m = 0;
+            for (; m + 8 <= p.M; m += 8) few_rows<D, 8>(decode, scales, row, from, to, x + m * CHUNK, total + m);
+            for (; m + 4 <= p.M; m += 4) few_rows<D, 4>(decode, scales, row, from, to, x + m * CHUNK, total + m);
+            for (; m + 2 <= p.M; m += 2) few_rows<D, 2>(decode, scales, row, from, to, x + m * CHUNK, total + m);
+            for (; m < p.M; m++) few_rows<D, 1>(decode, scales, row, from, to, x + m * CHUNK, total + m);
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLS; c++) y[r * y_stride + c] = (first ? 0.0f : y[r * y_stride + c]) + sum(acc[r][c]);
+    for (int64_t n = p.first(piece); n < p.last(piece); n++)
+        for (int64_t m = 0; m < p.M; m++)
+            p.y[m * p.y_stride + n] = sum(totals[(n - p.first(piece)) * p.M + m]) + (p.bias ? p.bias[n] : 0.0f);
+    delete[] totals;
 }
 
-template <int COLS>
-static inline void strip(const float *x, int64_t M, int64_t x_stride, const float *v, int64_t v_stride, int64_t count,
-                         float *y, int64_t y_stride, bool first) {
-    int64_t m = 0;
-    for (; m + R <= M; m += R)
-        corner<R, COLS>(x + m * x_stride, x_stride, v, v_stride, count, y + m * y_stride, y_stride, first);
-    for (; m + 4 <= M; m += 4)
-        corner<4, COLS>(x + m * x_stride, x_stride, v, v_stride, count, y + m * y_stride, y_stride, first);
-    for (; m + 2 <= M; m += 2)
-        corner<2, COLS>(x + m * x_stride, x_stride, v, v_stride, count, y + m * y_stride, y_stride, first);
-    for (; m < M; m++)
-        corner<1, COLS>(x + m * x_stride, x_stride, v, v_stride, count, y + m * y_stride, y_stride, first);
+template <class D> static void few(Product<D> &p, const Threads &threads) {
+    constexpr int64_t STEP = CHUNK / D::BLOCK;
+    p.arranged = new (std::nothrow) float[ceil_div(p.blocks, STEP) * p.M * CHUNK];
+    if (!p.arranged) return void(p.failed = NO_MEMORY);
+    for (int64_t from = 0; from < p.blocks; from += STEP)
+        for (int64_t m = 0; m < p.M; m++)
+            arrange<D>(p.x + m * p.x_stride, p.w.cols, from, least(from + STEP, p.blocks),
+                       p.arranged + (from / STEP * p.M + m) * CHUNK, 1);
+    threads.run(threads.host, p.pieces(), few_piece<D>, &p);
 }
 
-constexpr int64_t PANEL = 24;   // rows of W that are decoded at a time
-constexpr int64_t DEPTH = 1024; // columns of them: a panel is 96 KB and stays in the second cache
+// --- many -----------------------------------------------------------------------------------------------------------
+#if FXQ_AVX512
+constexpr int HIGH = 12; // rows of W times two vectors of rows of x: sums in 24 registers of 32
+#else
+constexpr int HIGH = 6; // in 12 of 16
+#endif
 
-// Several rows of x: panels of W are decoded to floats, then multiplied. ``panel`` holds PANEL * DEPTH floats.
-template <class Format>
-static void rows(const Weight &w, const float *x, int64_t M, int64_t x_stride, float *y, int64_t y_stride, int64_t from,
-                 int64_t to, float *panel) {
-    constexpr int64_t BLOCK = Format::SLICES * WIDTH, STEP = DEPTH / BLOCK;
-    for (int64_t n = from; n < to; n += PANEL) {
-        int64_t high = to - n < PANEL ? to - n : PANEL;
-        for (int64_t block = 0; block < w.blocks; block += STEP) {
-            int64_t wide = w.blocks - block < STEP ? w.blocks - block : STEP;
-            for (int64_t i = 0; i < high; i++)
-                for (int64_t j = 0; j < wide; j++) dense<Format>(w, n + i, block + j, panel + i * DEPTH + j * BLOCK);
-            const float *xs = x + block * BLOCK;
-            int64_t i = 0;
-            for (; i + C <= high; i += C)
-                strip<C>(xs, M, x_stride, panel + i * DEPTH, DEPTH, wide * BLOCK, y + n + i, y_stride, block == 0);
-            for (; i < high; i++)
-                strip<1>(xs, M, x_stride, panel + i * DEPTH, DEPTH, wide * BLOCK, y + n + i, y_stride, block == 0);
+// sums[i][m] += over k of w[i][k] x[k][m], for ROWS rows of W and VECTORS * LANES rows of x
+template <int ROWS, int VECTORS>
+static FXQ_INLINE void corner(const float *w, const float *x, int64_t count, float *sums, int64_t stride) {
+    floats acc[ROWS][VECTORS];
+#pragma GCC unroll 24
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) acc[i][v] = load(sums + i * stride + v * LANES);
+    for (int64_t k = 0; k < count; k++) {
+        floats b[VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) b[v] = load(x + (k * VECTORS + v) * LANES);
+#pragma GCC unroll 24
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++) acc[i][v] += all(w[i * CHUNK + k]) * b[v];
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) store(sums + i * stride + v * LANES, acc[i][v]);
+}
+
+template <class D> static void many_piece(void *data, int64_t piece) {
+    Product<D> &p = *static_cast<Product<D> *>(data);
+    const D decode(p.tables);
+    Scales<D> scales(p.w, p.grouping);
+    constexpr int64_t STEP = CHUNK / D::BLOCK;
+    const int64_t panels = ceil_div(p.M, p.width), stride = panels * p.width;
+    const int64_t count = p.last(piece) - p.first(piece), high = ceil_div(count, 2 * HIGH) * 2 * HIGH;
+    float *decoded = new (std::nothrow) float[STRIP * CHUNK + STRIP * stride];
+    if (!decoded) return void(p.failed = NO_MEMORY);
+    float *sums = decoded + STRIP * CHUNK;
+    std::memset(decoded, 0, sizeof(float) * (size_t)(STRIP * CHUNK + STRIP * stride));
+    for (int64_t from = 0; from < p.blocks; from += STEP) {
+        const int64_t to = least(from + STEP, p.blocks), columns = (to - from) * D::BLOCK;
+        for (int64_t i = 0; i < count; i++) {
+            const Row row = row_of(p.w, p.first(piece) + i);
+            scales.row(p.first(piece) + i);
+            for (int64_t block = from; block < to; block++) {
+                floats out[D::VECTORS];
+                decode(row, block, out);
+                scales.apply(block, out);
+                for (int v = 0; v < D::VECTORS; v++)
+                    store(decoded + i * CHUNK + (block - from) * D::BLOCK + v * LANES, out[v]);
+            }
+        }
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const float *x = p.arranged + (from / STEP * panels + panel) * CHUNK * p.width;
+            for (int64_t i = 0; i < high; i += p.width == LANES ? 2 * HIGH : HIGH) {
+                float *to_sums = sums + i * stride + panel * p.width;
+                if (p.width == LANES) corner<2 * HIGH, 1>(decoded + i * CHUNK, x, columns, to_sums, stride);
+                else corner<HIGH, 2>(decoded + i * CHUNK, x, columns, to_sums, stride);
+            }
+        }
+    }
+    for (int64_t m = 0; m < p.M; m++)
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t n = p.first(piece) + i;
+            p.y[m * p.y_stride + n] = sums[i * stride + m] + (p.bias ? p.bias[n] : 0.0f);
+        }
+    delete[] decoded;
+}
+
+template <class D> static void panel_piece(void *data, int64_t piece) { // a panel of x for a chunk of columns
+    Product<D> &p = *static_cast<Product<D> *>(data);
+    constexpr int64_t STEP = CHUNK / D::BLOCK;
+    const int64_t panels = ceil_div(p.M, p.width), from = piece / panels * STEP, first = piece % panels * p.width;
+    float *to = p.arranged + piece * CHUNK * p.width;
+    for (int64_t i = 0; i < p.width; i++) {
+        if (first + i < p.M) {
+            arrange<D>(p.x + (first + i) * p.x_stride, p.w.cols, from, least(from + STEP, p.blocks), to + i, p.width);
+        } else {
+            for (int64_t k = 0; k < CHUNK; k++) to[k * p.width + i] = 0.0f;
         }
     }
 }
 
-template <class Format>
-static void product(const Weight &w, const float *x, int64_t M, int64_t x_stride, float *y, int64_t y_stride, int64_t from,
-                    int64_t to, float *panel) {
-    if (M == 1 && !w.zero) {
-        constexpr int S = Format::SLICES;
-        if (w.per_scale % S == 0) return row<Format, S>(w, x, y, from, to);
-        if (S >= 8 && w.per_scale % (S / 2) == 0) return row<Format, (S >= 2 ? S / 2 : 1)>(w, x, y, from, to);
-        if (S >= 8 && w.per_scale % (S / 4) == 0) return row<Format, (S >= 4 ? S / 4 : 1)>(w, x, y, from, to);
-        return row<Format, 1>(w, x, y, from, to);
-    }
-    rows<Format>(w, x, M, x_stride, y, y_stride, from, to, panel);
+template <class D> static void many(Product<D> &p, const Threads &threads) {
+    p.width = p.M <= LANES ? LANES : 2 * LANES;
+    const int64_t chunks = ceil_div(p.blocks, CHUNK / D::BLOCK), panels = ceil_div(p.M, p.width);
+    p.arranged = new (std::nothrow) float[chunks * panels * CHUNK * p.width];
+    if (!p.arranged) return void(p.failed = NO_MEMORY);
+    threads.run(threads.host, chunks * panels, panel_piece<D>, &p);
+    threads.run(threads.host, p.pieces(), many_piece<D>, &p);
 }
 
-} // namespace FXQ_ISA
+// --- rows of W ------------------------------------------------------------------------------------------------------
+constexpr int64_t AT_ONCE = 16; // rows of a piece of work
+
+template <class D> struct Wanted {
+    const Weight &w;
+    const Tables &tables;
+    Grouping<D> grouping;
+    const int64_t *index;
+    int64_t count;
+    float *to;
+};
+
+template <class D> static void rows_piece(void *data, int64_t piece) {
+    const Wanted<D> &p = *static_cast<const Wanted<D> *>(data);
+    const D decode(p.tables);
+    Scales<D> scales(p.w, p.grouping);
+    const int64_t cols = p.w.cols;
+    for (int64_t i = piece * AT_ONCE; i < least((piece + 1) * AT_ONCE, p.count); i++) {
+        const Row row = row_of(p.w, p.index[i]);
+        scales.row(p.index[i]);
+        float *to = p.to + i * cols;
+        for (int64_t block = 0; block * D::BLOCK < cols; block++) {
+            floats out[D::VECTORS];
+            decode(row, block, out);
+            scales.apply(block, out);
+            for (int v = 0; v < D::VECTORS; v++)
+                for (int l = 0; l < LANES; l++) {
+                    const int64_t k = block * D::BLOCK + D::column(v, l);
+                    if (k < cols) to[k] = out[v][l];
+                }
+        }
+    }
+}
+
+template <class D>
+static void decode_rows(const Weight &w, const Tables &tables, const int64_t *index, int64_t count, float *to,
+                        const Threads &threads) {
+    Wanted<D> wanted{w, tables, Grouping<D>(w), index, count, to};
+    threads.run(threads.host, ceil_div(count, AT_ONCE), rows_piece<D>, &wanted);
+}
+
+// --- which ----------------------------------------------------------------------------------------------------------
+template <class D>
+static const char *multiply(const Weight &w, const Tables &tables, const float *x, int64_t M, int64_t x_stride,
+                            const float *bias, float *y, int64_t y_stride, const Threads &threads) {
+    for (int64_t m = 0; m < M; m += MOST) {
+        Product<D> p(w, tables, x + m * x_stride, least(MOST, M - m), x_stride, bias, y + m * y_stride, y_stride);
+        if (p.M > FEW) {
+            many(p, threads);
+        } else if constexpr (D::HALVES <= 2) {
+            if (p.M > 1 || p.grouping.kind == UNEVEN) few(p, threads);
+            else if (w.zero) one<D, true>(p, threads);
+            else one<D, false>(p, threads);
+        } else {
+            few(p, threads);
+        }
+        if (p.failed) return p.failed;
+    }
+    return nullptr;
+}
+
+} // namespace fxq

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fxquant import ops, packing
 from fxquant.codegen import cpu, cpu_library, cpu_source, remember
-from fxquant.codegen.prepack import KernelWeight, Operands, prepare
+from fxquant.codegen.ort_formats import FORMATS
+from fxquant.codegen.prepack import Operands
 from fxquant.errors import KernelError
 from fxquant.formats import parse_format
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
@@ -38,9 +39,9 @@ def operands(q: QuantizedTensor) -> Operands:
 
 def product(x: Tensor, q: QuantizedTensor, isa: str = "", bias: Tensor | None = None) -> Tensor:
     """By a kernel, and by nothing else."""
-    prepared = prepare(operands(q), run=cpu_source.RUN)
-    assert isinstance(prepared, KernelWeight), prepared
-    return cpu.linear(x, prepared, bias, cpu_library.library(isa))
+    packed = cpu.packed_weight(operands(q))
+    assert packed is not None
+    return cpu.linear(x, packed, bias, cpu_library.library(isa))
 
 
 def values(q: QuantizedTensor) -> Tensor:
@@ -67,7 +68,9 @@ def check(x: Tensor, q: QuantizedTensor, isa: str = "") -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("isa", SETS)
-@pytest.mark.parametrize("format", [str(f) for f in cpu_source.FORMATS])
+@pytest.mark.parametrize("format", [
+    *map(str, FORMATS), "e3m1", "e2m2", "e3m0", "e2m1b2.5", "int5", "int7", "uint2", "uint3", "uint6",
+])  # fmt: skip
 def test_every_format_and_instruction_set_multiplies_all_codes(format: str, isa: str) -> None:
     assert cpu.gives_products(cpu_library.library(isa), parse_format(format))
 
@@ -77,19 +80,79 @@ def test_every_format_and_instruction_set_multiplies_all_codes(format: str, isa:
     "e3m2/channel", "e3m2/tensor", "e2m3/group64", "e2m1/group16:e4m3", "e2m1/group32:e8m0", "e2m2/group128",
     "e3m1/group256",
     "e4m3/group64", "e5m2/channel", "int4/group32", "uint4/group64", "uint8/channel", "int8/group20", "e3m2/group48",
-    "e3m2/block16x32", "int3/group64", "uint2/group16",
+    "e3m2/block16x32", "int3/group64", "uint2/group16", "nf4/group64", "uint7/group24", "e2m1b2.5/channel",
+    "e4m3/group8", "uint4/group8", "nf4/group24",
 ])  # fmt: skip
-@pytest.mark.parametrize("shape", [(1, 1, 33), (3, 50, 300), (7, 24, 128), (1, 97, 515)])
-def test_products_are_those_of_float64(spec: str, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("shape", [(1, 1, 33), (3, 50, 300), (7, 24, 128), (1, 97, 515), (19, 49, 130)])
+@pytest.mark.parametrize("isa", SETS)
+def test_products_are_those_of_float64(spec: str, shape: tuple[int, int, int], isa: str) -> None:
     M, N, K = shape
-    check(torch.randn(M, K, generator=torch.Generator().manual_seed(M)), weight(spec, N, K))
+    check(torch.randn(M, K, generator=torch.Generator().manual_seed(M)), weight(spec, N, K), isa)
 
 
 @needs_compiler
-@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 6, 7, 13, 64])
-def test_many_rows_of_x(M: int) -> None:
-    """Columns over several panels, rows that do not fill the corners of the product."""
-    check(torch.randn(M, 1300, generator=torch.Generator().manual_seed(M)), weight("e3m2/group64", 61, 1300))
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize(
+    "spec", ["e3m2/group64", "e2m1/group32", "int8/channel", "uint4/group64", "e2m3/group8", "int6/group64"]
+)
+def test_rounded_x(spec: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """||y - y64|| <= bound ||y64||: rounded to the bits that are asked for, or not at all."""
+    q = weight(spec, 65, 1000)
+    monkeypatch.setattr(cpu, "library", lambda: cpu_library.library(isa))
+    for M in (1, 3, 6, 20):
+        x = torch.randn(M, 1000, generator=torch.Generator().manual_seed(M))
+        want = x.double() @ values(q).T
+        for bits, bound in ((8, 8e-3), (16, 1e-4), (32, 2e-6)):
+            with cpu.activation_bits(bits):
+                got = product(x, q, isa)
+            assert float((got.double() - want).norm()) <= bound * float(want.norm())
+    with pytest.raises(ValueError, match="activation_bits is 4; allowed are 32, 16, 8"), cpu.activation_bits(4):
+        pass
+
+
+@needs_compiler
+def test_rounding_x_is_what_is_asked_for() -> None:
+    """Whole numbers up to 127 are exact in 8 bits where the largest of 8 columns is 127; others are not."""
+    q = weight("e3m2/group64", 40, 512)
+    x = torch.randint(-127, 128, (2, 512), generator=torch.Generator().manual_seed(0)).float()
+    x[:, ::8] = 127
+    with cpu.activation_bits(8):
+        exact, rough = product(x, q), product(x + 0.3 * torch.rand(2, 512), q)
+    torch.testing.assert_close(exact.double(), x.double() @ values(q).T, rtol=1e-6, atol=1e-3)
+    if "avx512" in SETS:
+        assert not torch.equal(rough, product(x, q))
+
+
+@needs_compiler
+def test_rows_of_a_weight_equal_the_reference() -> None:
+    index = torch.tensor([[3, 0, 49], [7, 7, 1]])
+    for spec in ("e3m2/group64", "uint4/group32", "nf4/group64", "e4m3/tensor", "e2m1/group16:e4m3", "e3m2/block16x32"):
+        given = operands(weight(spec, 50, 300))
+        args = (given.packed, given.scale, given.zero_point, given.spec, list(given.shape), given.tensor_scale)
+        got = ops.operators.embedding_wq(index, *args)
+        torch.testing.assert_close(got, ops.embedding_wq(index, *args), rtol=1e-6, atol=0)
+        half = ops.operators.embedding_wq(index, *args, dtype=torch.float16)
+        assert half.dtype == torch.float16
+        assert ops.operators.embedding_wq(index[:0], *args).shape == (0, 3, 300)
+    with pytest.raises(IndexError):
+        ops.operators.embedding_wq(index + 43, *args)
+
+
+@needs_compiler
+def test_exponent_biases_of_columns_multiply_x() -> None:
+    given = operands(weight("e3m2/channel", 30, 200))
+    exponent = torch.randint(-3, 4, (1, 200), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    x = torch.randn(4, 200, generator=torch.Generator().manual_seed(1))
+    args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape), None, exponent)
+    torch.testing.assert_close(ops.operators.linear_wq(x, *args), ops.linear_wq(x, *args), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("M", [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 64, 600])
+def test_many_rows_of_x(M: int, isa: str) -> None:
+    """Columns over several chunks, rows that do not fill the corners, more rows than are taken at a time."""
+    check(torch.randn(M, 1300, generator=torch.Generator().manual_seed(M)), weight("e3m2/group64", 61, 1300), isa)
 
 
 @needs_compiler
@@ -167,7 +230,7 @@ def test_the_operator_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.operators.linear_wq(x[:0], *args).shape == (0, 40)
 
 
-def test_inside_reference_only_no_weight_is_prepared() -> None:
+def test_inside_reference_only_no_kernel_runs() -> None:
     given = operands(weight("e3m2/channel", 8, 64))
     args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -178,10 +241,9 @@ def test_inside_reference_only_no_weight_is_prepared() -> None:
 
 def test_what_no_kernel_takes_is_computed_by_the_reference() -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    for spec in ("nf4/group32", "e3m2/channel1", "e2m1b2.5/channel"):
-        given = operands(weight(spec, 8, 64))
-        args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
-        assert torch.equal(ops.operators.linear_wq(x, *args), ops.linear_wq(x, *args))
+    given = operands(weight("e3m2/channel1", 8, 64))
+    args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
+    assert torch.equal(ops.operators.linear_wq(x, *args), ops.linear_wq(x, *args))
     given = operands(weight("e3m2/channel", 8, 64))
     args = (given.packed, given.scale, given.zero_point, None, given.spec, list(given.shape))
     assert ops.operators.linear_wq(x.double(), *args).dtype == torch.float64
@@ -215,7 +277,7 @@ def test_an_instruction_set_that_is_not_here_is_named() -> None:
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_source, "header", lambda: "#error no")
+def test_a_compiler_that_fails_is_named() -> None:
+    broken = cpu_source.sources() | {"gemm.h": "#error no"}
     with pytest.raises(KernelError, match=r"does not compile the CPU kernels: (?s:.*)error"):
-        cpu_library._compiled(cpu_library.compiler(), ("-std=c++17", "-DFXQ_ISA=x"), '#include "gemm.h"\n')
+        cpu_library.compiled(cpu_library.compiler(), ("-std=c++17",), broken)

@@ -1,0 +1,68 @@
+// The entries of the CPU kernels for torch, through ctypes, and which kernel a product takes.
+#include "kernels.h"
+#include <atomic>
+#include <initializer_list>
+
+namespace fxq {
+
+int64_t row_bytes(int32_t bits, int64_t cols) {
+    int64_t bytes = 0;
+    for (int width : {8, 4, 2, 1})
+        if (has_plane(bits, width)) bytes += ceil_div(cols * width, 8);
+    return bytes;
+}
+
+constexpr int64_t ROUNDED = 8; // rows of x up to which rounding them is worth while
+
+const char *linear(const Weight &w, const float *x, int64_t M, int64_t x_stride, const float *bias, float *y,
+                   int64_t y_stride, int32_t activation_bits, const Threads &threads) {
+    if (w.bits < 2 || w.bits > 8) return "codes of 2 to 8 bits are known";
+    if (activation_bits != 8 && activation_bits != 16 && activation_bits != 32) return "activation_bits is 8, 16 or 32";
+    if (M == 0 || w.rows == 0) return nullptr;
+    const char *failed = nullptr;
+    if (activation_bits < 32 && M <= ROUNDED &&
+        rounded(w, x, M, x_stride, bias, y, y_stride, activation_bits, threads, &failed))
+        return failed;
+    return exact(w, x, M, x_stride, bias, y, y_stride, threads);
+}
+
+// --- threads of OpenMP, where the process has it ---------------------------------------------------------------------
+typedef void (*Parallel)(void (*)(void *), void *, unsigned threads, unsigned flags); // GOMP_parallel
+
+struct Work {
+    Parallel parallel;
+    int64_t threads;
+    std::atomic<int64_t> next;
+    int64_t pieces;
+    void (*piece)(void *, int64_t);
+    void *data;
+};
+
+static void take(void *given) {
+    Work &work = *static_cast<Work *>(given);
+    for (int64_t i; (i = work.next.fetch_add(1)) < work.pieces;) work.piece(work.data, i);
+}
+
+static void run(void *host, int64_t pieces, void (*piece)(void *, int64_t), void *data) {
+    Work &work = *static_cast<Work *>(host);
+    work.next = 0, work.pieces = pieces, work.piece = piece, work.data = data;
+    if (work.parallel && work.threads > 1 && pieces > 1) work.parallel(take, &work, (unsigned)work.threads, 0);
+    else take(&work);
+}
+
+} // namespace fxq
+
+#define FXQ_VISIBLE extern "C" __attribute__((visibility("default")))
+
+FXQ_VISIBLE const char *fxquant_linear(const fxq::Weight *w, const float *x, int64_t M, int64_t x_stride,
+                                       const float *bias, float *y, int64_t y_stride, int32_t activation_bits,
+                                       fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    return fxq::linear(*w, x, M, x_stride, bias, y, y_stride, activation_bits, {threads, fxq::run, &work});
+}
+
+FXQ_VISIBLE void fxquant_rows(const fxq::Weight *w, const int64_t *index, int64_t count, float *to,
+                              fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::rows(*w, index, count, to, {threads, fxq::run, &work});
+}
