@@ -87,7 +87,8 @@ def _rounded_by(b: Builder, x: ir.Value, spec: QuantSpec, given: list[torch.Tens
     """FakeQuantize with scales (and what comes after them) as they broadcast over x, or over its matrix view."""
     width, tall = dims(x)[-1] if rank(x) else 1, max(value.shape[0] for value in given)
     if all(value.numel() == 1 for value in given):
-        return on_activation(b, "FakeQuantize", spec, x, *(_constant(b, value.reshape(())) for value in given))
+        kind = "FakeQuantize" if spec.kind.outer is None else "FakeQuantizeEach"
+        return on_activation(b, kind, spec, x, *(_constant(b, value.reshape(())) for value in given))
     count = product(dims(x)[:-1]) if tall > 1 else 1
     if count is None and spec.block(tall, 1)[0] == 1:
         count = tall  # a row of scales for every row of x: only that many will do
@@ -100,9 +101,9 @@ def _rounded_by(b: Builder, x: ir.Value, spec: QuantSpec, given: list[torch.Tens
         raise UnsupportedError(f"activations in {spec} with {tall} rows of given scales for {count} rows")
     placed = [_constant(b, spread(value, block, (count, width))) for value in given]
     if tall == 1:
-        return on_activation(b, "FakeQuantize", spec, x, *placed)
+        return on_activation(b, "FakeQuantizeEach", spec, x, *placed)
     flat = b.op("Reshape", x, b.const([count, width]), dtype=x.dtype, shape=[count, width])
-    done = on_activation(b, "FakeQuantize", spec, flat, *placed)
+    done = on_activation(b, "FakeQuantizeEach", spec, flat, *placed)
     return b.reshape(done, [b.size(x, i) for i in range(rank(x))], dims(x))
 
 

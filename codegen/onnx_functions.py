@@ -9,7 +9,9 @@ function of the same name, so that any ONNX runtime executes the file as it is::
     Embedding_<format>(indices, packed, scale[, zero_point])    rows of W             cols, group_size
     Dequantize_<format>(packed, scale[, zero_point])            W                     + weight_shape
     FakeQuantizeDynamic_<format>[_<scale kind>](x)              x rounded row by row
-    FakeQuantize_<format>(x, scale[, zero_point])               x rounded with given scales
+    FakeQuantize_<format>(x, scale[, zero_point])               x rounded with one scale
+    FakeQuantizeEach_<format>(x, scale[, zero_point])           x rounded with scales that broadcast over it
+    FakeQuantizeEach_<format>_e4m3(x, scale, tensor_scale)      the same in NVFP4
     DequantizeCodes_<format>(codes, scale[, zero_point])        W from unpacked codes + weight_shape
 
 ``packed`` are the planar bytes of ``packing``, ``cols`` the columns of the matrix view, ``group_size`` how many of
@@ -25,10 +27,10 @@ from typing import Any
 import onnx_ir as ir
 
 from fxquant.codegen import onnx_bodies as bodies
-from fxquant.codegen import onnx_rounding as rounding
+from fxquant.codegen import onnx_rounding as roundings
 from fxquant.codegen.onnx_bodies import INT, MATRIX, SHAPED, WINDOW, Body
 from fxquant.codegen.onnx_builder import Builder, Operator, T
-from fxquant.formats import IntFormat
+from fxquant.formats import Format, IntFormat
 from fxquant.packing import planes
 from fxquant.scheme import SCALES, QuantSpec
 
@@ -42,19 +44,28 @@ _BODIES: dict[str, tuple[Callable[..., ir.Value], tuple[str, ...], dict[str, ir.
     "Embedding": (bodies.embedding, ("indices", "packed", "scale", "zero_point"), MATRIX),
     "Dequantize": (bodies.dequantize, ("packed", "scale", "zero_point"), SHAPED),
     "DequantizeCodes": (bodies.dequantize_codes, ("codes", "scale", "zero_point"), SHAPED),
-    "FakeQuantizeDynamic": (rounding.fake_quantize_dynamic, ("x",), {}),
-    "FakeQuantize": (rounding.fake_quantize, ("x", "scale", "tensor_scale", "zero_point"), {}),
+    "FakeQuantizeDynamic": (roundings.fake_quantize_dynamic, ("x",), {}),
+    "FakeQuantize": (roundings.fake_quantize, ("x", "scale", "zero_point"), {}),
+    "FakeQuantizeEach": (roundings.fake_quantize, ("x", "scale", "tensor_scale", "zero_point"), {}),
 }
 _LAYERS = ("Linear", "LinearBias", "Conv2d")
 """Operators that compute in the dtype of x; the others give float32."""
 _DEFAULTS = {"activation_bits": 32}
 
 
-def function(operator: Operator, needs: frozenset[str], opset: int) -> ir.Function:
-    """The model-local function of ``operator``, as simple as ``needs`` allows."""
+def op_type(kind: str, format: Format) -> str:
+    """The name of the operator ``kind`` on ``format``: ``Linear_e3m2``."""
+    return Operator(kind, format).name
+
+
+def function(
+    kind: str, format: Format, needs: frozenset[str], opset: int, *, scale: str = "fp32", rounding: str = ""
+) -> ir.Function:
+    """The model-local function of an operator, as simple as ``needs`` allows; ``scale``: the kind that it finds."""
+    operator = Operator(kind, format, scale, rounding)
     body, names, attributes = _BODIES[operator.kind]
-    absent = set() if has_zero_point(operator) else {"zero_point"}
-    if SCALES[operator.scale].outer is None:
+    absent = set() if isinstance(format, IntFormat) and not format.signed else {"zero_point"}
+    if SCALES[scale].outer is None:
         absent.add("tensor_scale")
     inputs = [ir.Value(name=n) for n in names if n not in absent]
     f = Body(operator, needs, opset)
@@ -64,13 +75,11 @@ def function(operator: Operator, needs: frozenset[str], opset: int) -> ir.Functi
     return ir.Function(DOMAIN, operator.name, graph=graph, attributes=declared)
 
 
-def has_zero_point(operator: Operator) -> bool:
-    return isinstance(operator.format, IntFormat) and not operator.format.signed
-
-
 def functions(b: Builder) -> list[ir.Function]:
     """The functions of all operators that ``b`` has called."""
-    return [function(operator, needs, b.opset) for operator, needs in b.calls.items()]
+    return [
+        function(o.kind, o.format, needs, b.opset, scale=o.scale, rounding=o.rounding) for o, needs in b.calls.items()
+    ]
 
 
 def on_weight(

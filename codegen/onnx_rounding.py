@@ -3,8 +3,9 @@
 ::
 
     FakeQuantizeDynamic_<format>[_<scale kind>](x)           scales of the last axis: a token's, or a group's
-    FakeQuantize_<format>(x, scale[, zero_point])            scales that are given, as they broadcast over x
-    FakeQuantize_<format>_e4m3(x, scale, tensor_scale)       NVFP4
+    FakeQuantize_<format>(x, scale[, zero_point])            one scale that is given
+    FakeQuantizeEach_<format>(x, scale[, zero_point])        scales that are given, as they broadcast over x
+    FakeQuantizeEach_<format>_e4m3(x, scale, tensor_scale)   NVFP4
 
 A row of x is what shares a scale. ``_Rows`` finds scales, ``rounded`` the nearest value of a grid, the first of these:
 
