@@ -1,4 +1,4 @@
-"""ONNX converters of rounded activations: nodes of the ``fxquant`` domain, or QuantizeLinear and DequantizeLinear."""
+"""ONNX converters of rounded activations: nodes of the ``fxquant`` domain, or standard operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fxquant.codegen.onnx_builder import UNKNOWN, Arg, Builder, T, UnsupportedError, dims, product, rank
 from fxquant.codegen.onnx_elementwise import Converter, rows
 from fxquant.codegen.onnx_functions import on_activation
-from fxquant.codegen.onnx_rounding import CASTS, found_scale
+from fxquant.codegen.onnx_rounding import CASTS, found_scale, restored
 from fxquant.grids import CodebookFormat
 from fxquant.ops import operators as ops
 from fxquant.qtensor import load_scale
@@ -33,8 +33,8 @@ def fake_quantize_dynamic(
         raise UnsupportedError(f"activations in {spec} with scales that are found when they run; expected token, group")
 
     def by_row(y: ir.Value) -> ir.Value:
-        if _has_qdq(b, parsed) and isinstance(dims(y)[-1], int):
-            return _qdq_dynamic(b, y, parsed)
+        if _is_standard(b, parsed) and isinstance(dims(y)[-1], int):
+            return _standard_dynamic(b, y, parsed)
         return on_activation(b, "FakeQuantizeDynamic", parsed, y)
 
     return _shifted(b, x, exponent_bias, shifted, lambda y: _by_group(b, y, parsed, by_row))
@@ -76,8 +76,9 @@ def fake_quantize(
     values = Scales(load_scale(stored, parsed), zero, outer)
     if parsed.kind.outer == "tensor" and outer is not None:
         given = [values.scale.float(), outer.float()]
-    elif isinstance(parsed.granularity, PerTensor) and _has_qdq(b, parsed):
-        return _shifted(b, x, exponent_bias, shifted, lambda y: _qdq_static(b, y, parsed, float(values.effective)))
+    elif isinstance(parsed.granularity, PerTensor) and _is_standard(b, parsed):
+        one = b.const(float(values.effective), T.FLOAT)
+        return _shifted(b, x, exponent_bias, shifted, lambda y: _standard_static(b, y, parsed, one))
     else:
         given = [values.effective.float(), *([] if zero is None else [zero])]
     return _shifted(b, x, exponent_bias, shifted, lambda y: _rounded_by(b, y, parsed, given))
@@ -111,42 +112,47 @@ def _constant(b: Builder, value: torch.Tensor) -> ir.Value:
     return b.const(value.numpy(), T.UINT8 if value.dtype == torch.uint8 else T.FLOAT)
 
 
-# --- QuantizeLinear, DequantizeLinear ---------------------------------------------------------------------------------
-def _has_qdq(b: Builder, spec: QuantSpec) -> bool:
-    """Whether x is to be rounded by standard operators, and they round to this format as the reference does."""
+# --- standard operators -----------------------------------------------------------------------------------------------
+def _is_standard(b: Builder, spec: QuantSpec) -> bool:
+    """Whether x is to be rounded by standard operators, and they round to this format as the reference does.
+
+    INT8 goes by QuantizeLinear and DequantizeLinear. FP8 goes by Casts: onnxruntime makes an invalid operator of a
+    product of two values that come from DequantizeLinear in FP8.
+    """
     return b.options.operators == "standard" and (str(spec.format) in CASTS or str(spec.format) == "int8")
 
 
-def _qdq_static(b: Builder, x: ir.Value, spec: QuantSpec, scale: float) -> ir.Value:
-    return _qdq(b, x, spec, b.const(scale, T.FLOAT), None, lowest=b.const(-spec.format.max * scale, T.FLOAT))
-
-
-def _qdq_dynamic(b: Builder, x: ir.Value, spec: QuantSpec) -> ir.Value:
-    """Every row of x is a channel of ``[rows, size]``: these operators take one scale for each of them."""
+def _standard_static(b: Builder, x: ir.Value, spec: QuantSpec, scale: ir.Value) -> ir.Value:
     wide = b.cast(x, T.FLOAT)
-    scale = found_scale(b, wide, spec.format, spec.scale, spec.rounding)
-    lowest = b.op("Mul", scale, b.const(-spec.format.max, T.FLOAT), dtype=T.FLOAT)
-    clipped = b.op("Max", wide, lowest, dtype=T.FLOAT) if str(spec.format) == "int8" else wide
-    size = dims(x)[-1]
-    flat = b.op("Reshape", clipped, b.const([-1, size]), dtype=T.FLOAT, shape=[UNKNOWN, size])
-    done = _qdq(b, flat, spec, b.op("Reshape", scale, b.axes(-1), dtype=T.FLOAT, shape=[UNKNOWN]), 0)
-    back = b.op("Reshape", done, b.op("Shape", x, dtype=T.INT64), dtype=T.FLOAT, shape=dims(x))
     assert x.dtype is not None
+    if str(spec.format) in CASTS:
+        return b.cast(restored(b, wide, scale, spec.format), x.dtype)
+    return b.cast(_by_codes(b, wide, spec, scale, None), x.dtype)
+
+
+def _standard_dynamic(b: Builder, x: ir.Value, spec: QuantSpec) -> ir.Value:
+    """INT8: every row of x is a channel of ``[rows, size]``, since the operators take one scale for each of them."""
+    wide, size = b.cast(x, T.FLOAT), dims(x)[-1]
+    scale = found_scale(b, wide, spec.format, spec.scale, spec.rounding)
+    assert x.dtype is not None
+    if str(spec.format) in CASTS:
+        return b.cast(restored(b, wide, scale, spec.format), x.dtype)
+    flat = b.op("Reshape", wide, b.const([-1, size]), dtype=T.FLOAT, shape=[UNKNOWN, size])
+    own = b.op("Reshape", scale, b.const([-1, 1]), dtype=T.FLOAT, shape=[UNKNOWN, 1])
+    done = _by_codes(b, flat, spec, own, 0)
+    back = b.op("Reshape", done, b.op("Shape", x, dtype=T.INT64), dtype=T.FLOAT, shape=dims(x))
     return b.cast(back, x.dtype)
 
 
-def _qdq(
-    b: Builder, x: ir.Value, spec: QuantSpec, scale: ir.Value, axis: int | None, lowest: ir.Value | None = None
-) -> ir.Value:
-    """x by way of its codes. INT8 would saturate at -128, which is no code of ours: x is limited before."""
-    kind = CASTS.get(str(spec.format), T.INT8)
-    wide = b.cast(x, T.FLOAT)
-    if lowest is not None and kind == T.INT8:
-        wide = b.op("Max", wide, lowest, dtype=T.FLOAT, shape=x.shape)
-    code = b.op("QuantizeLinear", wide, scale, axis=axis, output_dtype=int(kind), dtype=kind, shape=x.shape)
-    done = b.op("DequantizeLinear", code, scale, axis=axis, dtype=T.FLOAT, shape=x.shape)
-    assert x.dtype is not None
-    return b.cast(done, x.dtype)
+def _by_codes(b: Builder, x: ir.Value, spec: QuantSpec, scale: ir.Value, axis: int | None) -> ir.Value:
+    """x by way of its INT8 codes. QuantizeLinear saturates at -128, which is no code of ours: x is limited before."""
+    lowest = b.op("Mul", scale, b.const(-spec.format.max, T.FLOAT), dtype=T.FLOAT)
+    limited = b.op("Max", x, lowest, dtype=T.FLOAT, shape=x.shape)
+    if axis is not None:
+        scale = b.op("Reshape", scale, b.axes(-1), dtype=T.FLOAT, shape=[UNKNOWN])
+    kind = T.INT8
+    code = b.op("QuantizeLinear", limited, scale, axis=axis, output_dtype=int(kind), dtype=kind, shape=x.shape)
+    return b.op("DequantizeLinear", code, scale, axis=axis, dtype=T.FLOAT, shape=x.shape)
 
 
 # --- exponent biases --------------------------------------------------------------------------------------------------

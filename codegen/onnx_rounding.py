@@ -51,7 +51,7 @@ def fake_quantize_dynamic(f: Body, x: ir.Value) -> ir.Value:
     if kind.scale == "e4m3":
         return f.op("CastLike", _under_tensor_scale(f, wide, *_e4m3_scales(f, wide)), x)
     scale = found_scale(f, wide, f.format, kind.scale, kind.rounding)
-    return f.op("CastLike", _restored(f, wide, scale, f.format), x)
+    return f.op("CastLike", restored(f, wide, scale, f.format), x)
 
 
 def fake_quantize(f: Body, x: ir.Value, scale: ir.Value, *above: ir.Value) -> ir.Value:
@@ -62,11 +62,12 @@ def fake_quantize(f: Body, x: ir.Value, scale: ir.Value, *above: ir.Value) -> ir
     if above:
         zero = f.op("Cast", above[0], to=int(T.FLOAT), dtype=T.FLOAT)
         return f.op("CastLike", _around(f, wide, scale, zero), x)
-    return f.op("CastLike", _restored(f, wide, scale, f.format), x)
+    return f.op("CastLike", restored(f, wide, scale, f.format), x)
 
 
-def _restored(f: Builder, x: ir.Value, scale: ir.Value, format: Format) -> ir.Value:
-    return f.op("Mul", rounded(f, f.op("Div", x, scale), format), scale)
+def restored(f: Builder, x: ir.Value, scale: ir.Value, format: Format) -> ir.Value:
+    """x (FLOAT) rounded to multiples of the grid's values by ``scale``."""
+    return f.op("Mul", rounded(f, f.op("Div", x, scale, shape=x.shape), format), scale, shape=x.shape)
 
 
 def _under_tensor_scale(f: Body, x: ir.Value, scale: ir.Value, outer: ir.Value) -> ir.Value:
@@ -152,7 +153,7 @@ def _better_power(
     scales, errors = [], []
     for up in (0, 1):
         scale = _power(f, ideal, absmax, "floor", zero_block, format=format, lower=-up)
-        off = f.op("Sub", x, _restored(f, x, scale, format), dtype=T.FLOAT)
+        off = f.op("Sub", x, restored(f, x, scale, format), dtype=T.FLOAT)
         scales.append(scale)
         errors.append(f.op("ReduceSum", f.op("Mul", off, off), f.axes(-1), keepdims=1, dtype=T.FLOAT))
     better = f.op("Less", errors[1], errors[0], dtype=T.BOOL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from fxquant import store
 from fxquant.codegen import cpu, launch  # noqa: F401  they register what operators run on a CPU and on a GPU
 from fxquant.codegen.fuse import fused
 from fxquant.config import Config
-from fxquant.errors import ExportError
+from fxquant.errors import ExportError, KernelError
 from fxquant.program import Program, Progress, copied, quiet
 from fxquant.rewrite import fetch, get_attrs
 from fxquant.show import html, summary, text
@@ -100,8 +101,11 @@ class CompiledModel:
         import fxquant
         from fxquant.codegen.onnx_check import check_onnx
 
-        find = getattr(fxquant, "custom_ops_library", None)
-        library = None if find is None else find()
+        try:
+            library = fxquant.custom_ops_library()
+        except KernelError as error:
+            library = None
+            warnings.warn(f"checked without fxquant's custom-op library: {error}", stacklevel=2)
         return check_onnx(self.program, path, inputs=inputs, library=library, progress=progress)
 
     def report(self, path: str | Path) -> None:
