@@ -37,6 +37,10 @@ class Body(Builder):
         super().__init__(opset)
         self.operator, self.format, self.needs = operator, operator.format, needs
 
+    def step(self, name: str) -> None:
+        """Name the nodes that follow: errors of onnxruntime name a node in a function, and no layer."""
+        self._scope = name
+
     def attribute(self, name: str) -> ir.Value:
         """The function's INT (INTS) attribute as a rank 0 (rank 1) constant."""
         if name not in self.memo:
@@ -79,6 +83,7 @@ def decode(f: Body, packed: ir.Value, *, width: ir.Value) -> ir.Value:
 
     Rows have the columns that their bytes hold, which may be a few more than ``cols``.
     """
+    f.step("decode")
     widths = planes(f.format.bits)
     codes = 8 // widths[0]
     parts: tuple[ir.Value, ...] = (packed := _read(f, packed),)
@@ -110,6 +115,7 @@ def _read(f: Body, packed: ir.Value) -> ir.Value:
 
 def apply_scale(f: Body, values: ir.Value, scale: ir.Value, zero_point: ir.Value | None) -> ir.Value:
     """(values - zero_point) * scale, each spread over the last dimension of ``values``."""
+    f.step("scale")
     if zero_point is not None:
         values = f.op("Sub", values, _spread(f, f.op("Cast", zero_point, to=int(T.FLOAT))))
     return f.op("Mul", values, _spread(f, f.op("Cast", scale, to=int(T.FLOAT)) if "scale" in f.needs else scale))
@@ -158,7 +164,9 @@ def _like(f: Body, weight: ir.Value, x: ir.Value) -> ir.Value:
 
 
 def linear(f: Body, x: ir.Value, *weight: ir.Value) -> ir.Value:
-    return f.op("MatMul", x, f.op("Transpose", _like(f, matrix(f, weight), x), perm=[1, 0]))
+    W = f.op("Transpose", _like(f, matrix(f, weight), x), perm=[1, 0])
+    f.step("multiply")
+    return f.op("MatMul", x, W)
 
 
 def linear_bias(f: Body, x: ir.Value, *weight_and_bias: ir.Value) -> ir.Value:
@@ -181,9 +189,11 @@ def dequantize_codes(f: Body, *weight: ir.Value) -> ir.Value:
 
 def embedding(f: Body, indices: ir.Value, packed: ir.Value, *scales: ir.Value) -> ir.Value:
     """Only the rows that are asked for are decoded; one scale for the whole tensor is repeated for every row."""
+    f.step("rows_of_indices")
     flat = f.op("Reshape", indices, f.axes(-1))
     every = f.op("Concat", f.op("Shape", packed, start=0, end=1), f.axes(1), axis=0)
     chosen = [f.op("Gather", f.op("Expand", s, every), flat, axis=0) for s in scales]
     values = matrix(f, [f.op("Gather", packed, flat, axis=0), *chosen])
+    f.step("shape")
     shape = f.op("Concat", f.op("Shape", indices), f.op("Reshape", f.attribute("cols"), f.axes(1)), axis=0)
     return f.op("Reshape", values, shape)

@@ -24,7 +24,10 @@ def writable(path: Path) -> Path:
 
 
 def write(model: ir.Model, path: Path, *, external_data: bool) -> None:
-    """Save beside ``path`` under a temporary name, then move into place: weights first, then the graph."""
+    """Save beside ``path`` under a temporary name, then move into place: the file, or its weights and its graph.
+
+    Whatever fails, the files that were there stay or come back. Raises SaveError.
+    """
     data = f"{path.name}.data"
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -32,10 +35,32 @@ def write(model: ir.Model, path: Path, *, external_data: bool) -> None:
         raise SaveError(f"cannot write {path}: {error}; choose a folder that can be written") from error
     try:
         ir.save(model, folder / path.name, external_data=data if external_data else None)
-        for name in (data, path.name):
-            if (folder / name).exists():
-                os.replace(folder / name, path.parent / name)
+        _move(folder, path, data)
     except OSError as error:
         raise SaveError(f"cannot write {path}: {error}; free some space or choose another folder") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(folder: Path, path: Path, data: str) -> None:
+    """Put the new files in the place of the old ones; the weights of a file that is replaced go with it."""
+    old, aside = path.parent / data, folder / f"{data}.old"
+    had = old.is_file() and (folder / data).is_file()
+    stale = old.is_file() and not had and path.is_file() and _names(path, data)
+    if had or stale:
+        os.replace(old, aside)
+    try:
+        if (folder / data).exists():
+            os.replace(folder / data, old)
+        os.replace(folder / path.name, path)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, old)
+        elif old.exists() and not had:
+            old.unlink()
+        raise
+
+
+def _names(path: Path, data: str) -> bool:
+    """Whether an ONNX file keeps its weights in the file ``data``; then it is a small one."""
+    return path.stat().st_size < FILE_LIMIT and data.encode() in path.read_bytes()
