@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +215,12 @@ class _Exporter:
         return found
 
     def model(self, outputs: list[ir.Value], metadata: Mapping[str, str]) -> ir.Model:
+        nodes = _alive(self.builder.nodes, outputs)
         held = [*self.initializers.values(), *self.builder.tensors]
         used = [v for v in held if any(True for _ in v.uses())]
-        domains = {node.domain for node in self.builder.nodes}
+        domains = {node.domain for node in nodes}
         graph = ir.Graph(
-            self.inputs, outputs, nodes=self.builder.nodes, initializers=used, name="fxquant",
+            self.inputs, outputs, nodes=nodes, initializers=used, name="fxquant",
             opset_imports={"": self.opset, DOMAIN: VERSION, **({MICROSOFT: 1} if MICROSOFT in domains else {})},
         )  # fmt: skip
         version = importlib.metadata.version("fxquant")
@@ -229,6 +230,18 @@ class _Exporter:
             producer_version=version, functions=functions(self.builder),
             metadata_props={**about, **metadata},
         )  # fmt: skip
+
+
+def _alive(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
+    """The nodes that something reads; what only dead ones read is dead too."""
+    wanted, found = {id(v) for v in outputs}, []
+    for node in reversed(nodes):
+        if any(id(v) in wanted or any(True for _ in v.uses()) for v in node.outputs):
+            found.append(node)
+        else:
+            for i in range(len(node.inputs)):
+                node.replace_input_with(i, None)
+    return found[::-1]
 
 
 def _describe(value: ir.Value, about: NodeInfo) -> ir.Value:
