@@ -4,11 +4,12 @@ For every output and set of sizes: the largest difference, the largest relative 
 ||y_torch||`` over the last dimension), and for logits how often the largest one is the same. A row may be off by
 
     1e-4                     where sums are in float32
+    1e-3                     where kernels may round activations to 16 bits
     0.1 or 4 noise,          where activations are rounded. noise is what becomes of the program's own outputs in torch
     the larger, below 1      when the inputs of its linears are changed: in the last bits where the program rounds
                              activations, since one of them decides now and then to which of two neighbours a value is
                              rounded, and that goes on through the layers; to INT8 in blocks of 32 where a kernel may
-                             round them (MatMulNBits at accuracy_level 4, nodes with ``activation_bits`` below 32)
+                             round them (MatMulNBits at accuracy_level 4, nodes with ``activation_bits`` of 8)
 """
 
 from __future__ import annotations
@@ -34,14 +35,13 @@ from fxquant.program import Program, Progress, quiet
 from fxquant.rewrite import aten
 from fxquant.signature import Input, as_call, output_names
 
-EXACT, ROUNDED = 1e-4, 0.1
+EXACT, ROUNDED_16, ROUNDED = 1e-4, 1e-3, 0.1
 """How far a row of an output may be off at least, relative to its norm."""
 SIZES = ((2, 16), (1, 1), (3, 37), (1, 64), (4, 8), (2, 2), (8, 128))
 """Sizes that are tried for the first dynamic dimension and for the others; three that fit are run."""
 _RUNS, _FEW = 3, 4
 
 _LINEARS = (ops.linear_wq.default, aten.linear.default)
-Change = Callable[[Tensor], Tensor]
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 
@@ -116,10 +116,10 @@ def check_onnx(
     rows: list[Compared] = []
     for name, ops_library in runtimes.items():
         session = _session(Path(path), ops_library)
-        change = _change(program, Path(path), own_kernels=ops_library is not None)
+        rounding = _rounding(program, Path(path), own_kernels=ops_library is not None)
         for done, (args, kwargs) in enumerate(calls):
             progress(f"check in {name}", done, len(calls))
-            rows += _compare(program, session, program.signature.bind(args, kwargs), name, change, Path(path))
+            rows += _compare(program, session, program.signature.bind(args, kwargs), name, rounding, Path(path))
     progress("check", len(calls), len(calls))
     return OnnxCheck(str(path), tuple(rows))
 
@@ -136,13 +136,24 @@ def _session(path: Path, library: str | Path | None) -> Any:
         ) from error
 
 
-def _change(program: Program, path: Path, *, own_kernels: bool) -> Change | None:
+def _rounding(program: Program, path: Path, *, own_kernels: bool) -> Rounding | None:
     """What rounding does to the inputs of linears in this runtime; None where nothing is rounded."""
+    bits = 32
     for node in onnx.load(str(path), load_external_data=False).graph.node:
         settings = {a.name: a.i for a in node.attribute}
-        if settings.get("accuracy_level") == 4 or (own_kernels and settings.get("activation_bits", 32) < 32):
-            return _to_int8
-    return _last_bits if any(node.target in ROUNDINGS for node in program.gm.graph.nodes) else None
+        own = settings.get("activation_bits", 32) if own_kernels else 32
+        bits = min(bits, own, 8 if settings.get("accuracy_level") == 4 else 32)
+    if any(node.target in ROUNDINGS for node in program.gm.graph.nodes):
+        return Rounding(ROUNDED, _to_int8 if bits == 8 else _noise)
+    return {32: None, 16: Rounding(ROUNDED_16, _noise), 8: Rounding(ROUNDED, _to_int8)}[bits]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far a row may be off at least, and a change of the inputs of linears that shows how far more."""
+
+    least: float
+    change: Callable[[Tensor], Tensor]
 
 
 def _to_int8(x: Tensor) -> Tensor:
@@ -150,7 +161,8 @@ def _to_int8(x: Tensor) -> Tensor:
     return found
 
 
-def _last_bits(x: Tensor) -> Tensor:
+def _noise(x: Tensor) -> Tensor:
+    """A few units in the last place of float32."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()))
     return x * (1 + noise.to(x) * 2.0**-22)
 
@@ -158,7 +170,7 @@ def _last_bits(x: Tensor) -> Tensor:
 class _Changed(fx.Interpreter):
     """The program with the inputs of its linears changed."""
 
-    def __init__(self, gm: fx.GraphModule, change: Change) -> None:
+    def __init__(self, gm: fx.GraphModule, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__(gm)
         self.change = change
 
@@ -169,13 +181,13 @@ class _Changed(fx.Interpreter):
 
 
 def _compare(
-    program: Program, session: Any, flat: list[Tensor], runtime: str, change: Change | None, path: Path
+    program: Program, session: Any, flat: list[Tensor], runtime: str, rounding: Rounding | None, path: Path
 ) -> Iterator[Compared]:
     names = [item.name for item in program.signature.inputs]
     feeds = {n: x.detach().cpu().numpy() for n, x in zip(names, flat, strict=True)}
     with torch.no_grad():
         outputs = program.gm(*flat)
-        noisy = outputs if change is None else _Changed(program.gm, change).run(*flat)
+        noisy = outputs if rounding is None else _Changed(program.gm, rounding.change).run(*flat)
     try:
         found = session.run(None, feeds)
     except Exception as error:
@@ -186,9 +198,9 @@ def _compare(
     for (name, y, z), got in zip(wanted, found, strict=True):
         want = torch.as_tensor(y)
         bound = EXACT
-        if change is not None:
+        if rounding is not None:
             noise = compared(want, torch.as_tensor(z), runtime, sizes, name, 1.0).relative
-            bound = min(max(ROUNDED, 4 * noise), 1.0)
+            bound = min(max(rounding.least, 4 * noise), 1.0)
         yield compared(want, torch.from_numpy(np.asarray(got)), runtime, sizes, name, bound)
 
 

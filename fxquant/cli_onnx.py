@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from fxquant.cli_options import Json, Overwrite, load, print_json
+from fxquant.cli_options import Json, Overwrite, load, note, print_json
 from fxquant.errors import SaveError
 
 
@@ -90,7 +91,10 @@ def export(
             path, opset=opset, operators=operators.value, activation_bits=_BITS[activation_bits],
             optimize_for=optimize_for.value, progress=progress,
         )  # fmt: skip
-        found = compiled.check_onnx(path, progress=progress) if check else None
+        with warnings.catch_warnings(record=True) as told:
+            found = compiled.check_onnx(path, progress=progress) if check else None
+    for warning in told:
+        note(str(warning.message))
     nbytes = sum(f.stat().st_size for f in (path, path.with_name(f"{path.name}.data")) if f.exists())
     if as_json:
         checked = {} if found is None else {"check": found.to_dict()}
