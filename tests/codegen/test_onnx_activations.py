@@ -125,7 +125,7 @@ def test_scales_a_token_and_a_group(format: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_kind_of_scale(scale: str, tmp_path: Path) -> None:
-    for format in ("e2m1", "e4m3", "int8", "nf4"):
+    for format in ("e2m1", "int8"):
         for granularity in ("token", "group16"):
             x = rows(2, 9, 48).clamp(-6e4, 6e4)  # a scale that fp16 cannot hold is an error in torch
             check(Dynamic(f"{format}/{granularity}:{scale}"), x, path=tmp_path / "m.onnx")

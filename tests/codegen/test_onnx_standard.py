@@ -112,7 +112,7 @@ def test_float16_stays_with_our_nodes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["int2", "uint2", "int4", "uint4", "int8", "uint8"])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("granularity", ["tensor", "group32", "group48", "block2x32"])
 def test_embeddings_are_gathered_exactly(format: str, granularity: str, tmp_path: Path) -> None:
     for width in (32, 40):
         model = nn.Embedding(23, width)
@@ -171,8 +171,7 @@ def test_formats_without_an_operator_stay_ours(tmp_path: Path) -> None:
     assert difference(program, session, torch.randn(4, 22)) < 1e-5
 
 
-@pytest.mark.parametrize("spec", ["int4/group16", "uint4/group32", "int8/channel", "e3m2/channel"])
-@pytest.mark.parametrize("name", ["auto", "standard"])
+@pytest.mark.parametrize(("spec", "name"), [("int4/group16", "auto"), ("uint8/channel", "standard")])
 def test_llama(spec: str, name: str, tmp_path: Path) -> None:
     program = compiled(tiny_llama(), {"input_ids": tokens(2, 8)}, spec)
     session = run(program, tmp_path / "m.onnx", name)
