@@ -106,6 +106,11 @@ def activation_bits(bits: int) -> Iterator[None]:
         _BITS.reset(before)
 
 
+def kernels_here() -> Library | None:
+    """The kernels, None where operators are to run their reference bodies."""
+    return None if _REFERENCE.get() else available()
+
+
 @cache
 def available() -> Library | None:
     """The kernels; None, with a warning that says why, where there are none."""

@@ -62,7 +62,10 @@ def bitwise_not(b: Builder, x: ir.Value) -> ir.Value:
 
 
 def rsqrt(b: Builder, x: ir.Value) -> ir.Value:
-    return b.like("Reciprocal", b.like("Sqrt", b.cast(x, b.dtype)))
+    root = b.like("Sqrt", b.cast(x, b.dtype))
+    found = b.like("Reciprocal", root)
+    b.memo["root", id(found)], b.memo["keep", id(found)] = root, found  # its id stays taken
+    return found
 
 
 def of_scaled_log(factor: float) -> Converter:
@@ -122,6 +125,15 @@ def arithmetic(b: Builder, op_type: str, x: Arg, y: Arg, *, dtype: ir.DataType) 
     """One ONNX operator on both operands in ``dtype``, in INT32 where that is a narrow integer."""
     inner = wide(dtype)
     return b.cast(b.op(op_type, b.cast(x, inner), b.cast(y, inner), dtype=inner), dtype)
+
+
+def multiply(b: Builder, x: Arg, y: Arg) -> ir.Value:
+    """x * rsqrt(z) is x / sqrt(z): onnxruntime knows a norm by that, and runs it as one operator."""
+    for one, other in ((x, y), (y, x)):
+        root = b.memo.get(("root", id(other)))
+        if root is not None and isinstance(one, ir.Value) and one.dtype == root.dtype:
+            return b.op("Div", one, root, dtype=b.dtype)
+    return arithmetic(b, "And" if b.dtype == T.BOOL else "Mul", x, y, dtype=b.dtype)
 
 
 def reversed_subtract(b: Builder, x: Arg, y: Arg, alpha: Arg = 1) -> ir.Value:
@@ -372,7 +384,7 @@ ELEMENTWISE: dict[Any, Converter] = {
         (binary("Add", "Or"), both("add")),
         (binary("Sub"), both("sub")),
         (reversed_subtract, both("rsub")),
-        (binary("Mul", "And"), both("mul")),
+        (multiply, both("mul")),
         (divide, (*both("div"), aten.div.Tensor_mode, aten.div.Scalar_mode, aten.true_divide.Tensor)),
         (floor_divide, (aten.floor_divide.default, aten.floor_divide.Scalar)),
         (remainder, both("remainder")),

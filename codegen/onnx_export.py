@@ -13,7 +13,7 @@ import operator
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +214,10 @@ class _Exporter:
         return found
 
     def model(self, outputs: list[ir.Value], metadata: Mapping[str, str]) -> ir.Model:
+        nodes = _alive(self.builder.nodes, outputs)
         used = [v for v in self.initializers.values() if any(True for _ in v.uses())]
         graph = ir.Graph(
-            self.inputs, outputs, nodes=self.builder.nodes, initializers=used, name="fxquant",
+            self.inputs, outputs, nodes=nodes, initializers=used, name="fxquant",
             opset_imports={"": self.opset, DOMAIN: VERSION},
         )  # fmt: skip
         version = importlib.metadata.version("fxquant")
@@ -225,6 +226,18 @@ class _Exporter:
             producer_version=version, functions=functions(self.builder),
             metadata_props={"fxquant.version": version, **metadata},
         )  # fmt: skip
+
+
+def _alive(nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[ir.Node]:
+    """The nodes that something reads; what only dead ones read is dead too."""
+    wanted, found = {id(v) for v in outputs}, []
+    for node in reversed(nodes):
+        if any(id(v) in wanted or any(True for _ in v.uses()) for v in node.outputs):
+            found.append(node)
+        else:
+            for i in range(len(node.inputs)):
+                node.replace_input_with(i, None)
+    return found[::-1]
 
 
 def _describe(value: ir.Value, about: NodeInfo) -> ir.Value:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from fxquant.codegen.onnx_builder import FLOATS, Arg, Builder, T, UnsupportedError, dims, rank
+from fxquant.codegen.onnx_builder import FLOATS, UNKNOWN, Arg, Builder, T, UnsupportedError, dims, rank
 from fxquant.codegen.onnx_elementwise import Converter, arithmetic, rows
 from fxquant.rewrite import aten
 
@@ -60,6 +60,8 @@ def embedding(b: Builder, weight: ir.Value, indices: ir.Value, *_: Any) -> ir.Va
 def attention(b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None = None, dropout: float = 0.0,
               causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> ir.Value:  # fmt: skip
     """softmax(q k^T scale + mask) v; a query whose mask admits no key gives 0, as in torch."""
+    if enable_gqa and _packs(q, k, mask, causal):
+        return _packed_attention(b, q, k, v, mask, scale)
     if enable_gqa:
         k, v = _repeat_heads(b, k, q), _repeat_heads(b, v, q)
     width = dims(q)[-1]
@@ -79,6 +81,32 @@ def attention(b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value 
     if admits is None or causal:
         return result
     return b.op("Where", admits, result, b.const(0, b.dtype), dtype=b.dtype)
+
+
+def _packs(q: ir.Value, k: ir.Value, mask: ir.Value | None, causal: bool) -> bool:
+    """Whether the queries of a group may be the rows of one product: all heads have the same mask."""
+    sizes = [*dims(q)[1:2], *dims(k)[1:2], *dims(q)[3:], *(() if mask is None else dims(mask)[1:2])]
+    return not causal and rank(q) == 4 and all(isinstance(n, int) for n in sizes) and (
+        mask is None or (rank(mask) == 4 and dims(mask)[1] == 1)
+    )  # fmt: skip
+
+
+def _packed_attention(
+    b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float | None
+) -> ir.Value:
+    """Grouped queries ``[b, heads * group, s, d]`` as ``[b, heads, group * s, d]``: no key and no value is repeated."""
+    (batch, _, s, width), heads = dims(q), dims(k)[1]
+    group = int(dims(q)[1]) // int(heads)
+    rows = s * group if isinstance(s, int) else UNKNOWN
+    sizes = b.const([0, heads, -1, width])
+    packed = b.op("Reshape", q, sizes, dtype=q.dtype, shape=[batch, heads, rows, width])
+    if mask is not None and dims(mask)[2] != 1:
+        if ("group", group, id(mask)) not in b.memo:
+            shape = [*dims(mask)[:2], rows, dims(mask)[3]]
+            b.memo["group", group, id(mask)] = b.op("Concat", *[mask] * group, axis=2, dtype=mask.dtype, shape=shape)
+        mask = b.memo["group", group, id(mask)]
+    y = attention(b, packed, k, v, mask, scale=scale)
+    return b.op("Reshape", y, b.const([0, dims(q)[1], -1, dims(v)[3]]), dtype=q.dtype, shape=[*dims(q)[:3], dims(v)[3]])
 
 
 def _additive(b: Builder, mask: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from fxquant.codegen.onnx_elementwise import ELEMENTWISE, Converter
 from fxquant.codegen.onnx_functions import PACKED
+from fxquant.codegen.onnx_kv import KV
 from fxquant.codegen.onnx_layers import LAYERS, grouped_product
 from fxquant.codegen.onnx_reduce import REDUCE
 from fxquant.codegen.onnx_shape import SHAPE
 from fxquant.rewrite import aten
 
-CONVERTERS: dict[Any, Converter] = {**ELEMENTWISE, **SHAPE, **REDUCE, **LAYERS, **PACKED}
+CONVERTERS: dict[Any, Converter] = {**ELEMENTWISE, **SHAPE, **REDUCE, **LAYERS, **PACKED, **KV}
 
 BY_NAME: dict[str, Converter] = {"transformers.grouped_mm_fallback.default": grouped_product}
 """Operators of other packages, which exist only once those are imported."""

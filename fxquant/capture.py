@@ -39,9 +39,10 @@ from fxquant.flatten import from_export
 from fxquant.graph import dtype_name
 from fxquant.program import Program, record
 from fxquant.rewrite import Log
-from fxquant.signature import as_call, by_parameter, named_leaves, parameters_of
+from fxquant.signature import Input, as_call, by_parameter, named_leaves, parameters_of
 from fxquant.sizes import (
     UnkeptGuardError,
+    declared_shapes,
     default_dynamic_shapes,
     enlarge,
     no_such_limit,
@@ -138,6 +139,8 @@ def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: An
                 raise
             first = first or error
             continue
+        own = getattr(model, "declared_limits", ())
+        program.signature = replace(program.signature, limits=(*program.signature.limits, *own))
         limits = (*program.signature.limits, *small_limits(model, program, args, kwargs))
         program.signature = replace(program.signature, limits=limits)
         return program
@@ -201,9 +204,16 @@ def _fixed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def _attempts(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> Iterator[Callable[[], Program]]:
-    """Ways to export, best first: dynamic sizes on an enlarged example, then on the example, then its own sizes."""
+    """Ways to export, best first: dynamic sizes on an enlarged example, then on the example, then its own sizes.
+
+    A model that says what it takes, ``declared_inputs``, is exported with those dimensions dynamic, under those names.
+    """
+    declared: tuple[Input, ...] = getattr(model, "declared_inputs", ())
     about: dict[str, Any] = {"fixed": _fixed(model, args, kwargs), "parameters": parameters_of(model)}
     example = args, kwargs
+    if declared and dynamic_shapes is None:
+        dynamic_shapes = declared_shapes(declared)
+        about["declared"] = declared
     if dynamic_shapes is not None:
         yield lambda: _export_as_told(model, example, dynamic_shapes, about)
         return

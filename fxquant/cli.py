@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_kernels, cli_measure
+from fxquant import cli_generate, cli_kernels, cli_measure
 from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
 from fxquant.errors import FxquantError
 
@@ -79,6 +79,9 @@ def compile_(
         str, typer.Option("--config", "-c", help="A recipe's name (see fxquant recipes) or a YAML, TOML or JSON file.")
     ] = "W6A16-E3M2",
     calibration: CalibrationText = None,
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache", help="Keys and values as inputs and outputs, for fxquant generate.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -99,7 +102,7 @@ def compile_(
     settings = load_config(config)
     store.check_place(out.absolute(), overwrite)
     with progress_bars() as progress:
-        loaded = hf.load_model(model, progress=progress)
+        loaded = hf.load_model(model, kv_cache=kv_cache, progress=progress)
         data = calibration_data(settings, loaded, calibration)
         compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, calibration=data, progress=progress)
         progress("save", 0, 0)
@@ -225,6 +228,7 @@ def explain(
         typer.echo(compiled.explain(layer))
 
 
+app.command()(cli_generate.generate)
 app.command("eval")(cli_measure.eval_)
 app.command()(cli_measure.sensitivity)
 app.command()(cli_measure.allocate)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from fxquant import store
 from fxquant.codegen import cpu, launch  # noqa: F401  they register what operators run on a CPU and on a GPU
+from fxquant.codegen.bind import bound
 from fxquant.codegen.fuse import fused
 from fxquant.config import Config
 from fxquant.program import Program, Progress, copied, quiet
@@ -20,15 +23,21 @@ from fxquant.show import html, summary, text
 class CompiledModel:
     """A compiled model: call it as the model it was made from; save, export, inspect it.
 
-    ``program`` is the graph and its trace, ``config`` what it was compiled with. On a GPU calls run a form of the graph
-    in which linears have taken in what surrounds them (``codegen/fuse.py``); everything else is about ``program``.
+    ``program`` is the graph and its trace, ``config`` what it was compiled with. Calls run a form of the graph made at
+    the first one: on a GPU linears have taken in what surrounds them (``codegen/fuse.py``), on a CPU weights and
+    constants are looked up beforehand (``codegen/bind.py``); everything else is about ``program``.
     """
 
     def __init__(self, program: Program, config: Config) -> None:
         self.program = program
         self.config = config
-        on_gpu = any(fetch(program.gm, str(node.target)).is_cuda for node in get_attrs(program.gm.graph))
-        self._runs = fused(program) if on_gpu else program
+
+    @cached_property
+    def _runs(self) -> Program:
+        return fused(self.program) if self._on_gpu() else bound(self.program)
+
+    def _on_gpu(self) -> bool:
+        return any(fetch(self.program.gm, str(node.target)).is_cuda for node in get_attrs(self.program.gm.graph))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output, of the model's own type; of dicts, lists and tuples after ``load``. No gradients.
@@ -48,7 +57,8 @@ class CompiledModel:
         The fastest are kept in the user's cache folder, and used from then on. Takes some seconds a shape, most of them
         compilation. Returns what was chosen. Raises InputError where the model is not on a GPU that runs kernels.
         """
-        return dict(launch.autotune(self._runs.gm, rows, progress=progress))
+        program = self._runs if self._on_gpu() else self.program
+        return dict(launch.autotune(program.gm, rows, progress=progress))
 
     def save(self, directory: str | Path, *, tokenizer: Any | None = None, overwrite: bool = False) -> None:
         """Write the folder ``directory``: graph.json, and model.safetensors with packed weights. Raises SaveError.
@@ -62,7 +72,12 @@ class CompiledModel:
         """Write an ONNX file whose weights stay packed and which plain onnxruntime runs. Raises ExportError."""
         from fxquant.codegen.onnx_export import export_onnx  # loads onnx
 
-        export_onnx(self.program, path, opset=opset, metadata={"config": _json(self.config)}, progress=progress)
+        signature = self.program.signature
+        metadata = {
+            "config": _json(self.config), "limits": json.dumps(signature.limits),
+            "empty": json.dumps({item.name: item.empty for item in signature.inputs if item.empty}),
+        }  # fmt: skip
+        export_onnx(self.program, path, opset=opset, metadata=metadata, progress=progress)
 
     def report(self, path: str | Path) -> None:
         """Write a self-contained HTML page: totals, passes, graph diffs, and what became of every layer."""

@@ -335,7 +335,10 @@ def decode_spec(value: Json, where: str) -> QuantSpec:
 # --- signature and trace ---------------------------------------------------------------------------------------------
 def encode_signature(signature: Signature) -> Json:
     return {
-        "inputs": [{"name": i.name, "type": encode_type(i.type)} for i in signature.inputs],
+        "inputs": [
+            {"name": i.name, "type": encode_type(i.type)} | ({"empty": i.empty} if i.empty else {})
+            for i in signature.inputs
+        ],
         "output": signature.output,
         "fixed": {k: encode_value(v) for k, v in signature.fixed.items()},
         "parameters": list(signature.parameters),
@@ -348,9 +351,9 @@ def decode_signature(value: Json, outputs: int) -> Signature:
     found = fields(value, "the signature", ["inputs", "output", "fixed", "parameters", "limits"])
     inputs = []
     for item in items(found["inputs"], "the list of inputs"):
-        item = fields(item, "an input", ["name", "type"])
+        item = fields(item, "an input", ["name", "type"], ["empty"])
         where = name(item["name"], "an input")
-        inputs.append(Input(where, decode_tensor_type(item["type"], f"input {where!r}")))
+        inputs.append(decode_input(where, decode_tensor_type(item["type"], f"input {where!r}"), item.get("empty", "")))
     check_structure(found["output"], outputs)
     fixed = {}
     for key, item in found["fixed"].items() if isinstance(found["fixed"], dict) else [("", [])]:
@@ -360,6 +363,13 @@ def decode_signature(value: Json, outputs: int) -> Signature:
     parameters = tuple(text(p, "a parameter's name", 256) for p in items(found["parameters"], "the parameters"))
     limits = tuple(decode_limit(limit, inputs) for limit in items(found["limits"], "the limits of sizes"))
     return Signature(tuple(inputs), found["output"], fixed, None, parameters, limits)
+
+
+def decode_input(where: str, type_: TensorType, empty: Json) -> Input:
+    """An input; MalformedError unless the dimension that is 0 where it is left out is one of its own."""
+    if empty != "" and text(empty, f"the empty dimension of input {where!r}", 256) not in type_.shape:
+        raise MalformedError(f"input {where!r} is {type_}, which has no dimension {empty!r}")
+    return Input(where, type_, empty)
 
 
 def decode_limit(value: Json, inputs: Sequence[Input]) -> str:

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from fxquant import intervals
 from fxquant.errors import InputError, ModelError
+from fxquant.graph import TensorType
 from fxquant.intervals import Estimate
 from fxquant.program import Progress, quiet
+from fxquant.signature import Input, left_out
 
 LENGTH = 2048
 BLOCK = 128
@@ -448,23 +450,47 @@ def _without_cache(model: Any) -> Iterator[None]:
 class OnnxModel:
     """An ONNX file as a callable: keyword tensors in, a dict of tensors by output name out; runs in onnxruntime.
 
-    Inputs the file does not have are refused, missing ones too (InputError). ModelError if onnxruntime cannot load it.
+    What a KV cache holds may be left out, and is empty then; other inputs may not, and those the file does not have are
+    refused (InputError). ``threads`` 0 leaves their number to onnxruntime; ``session`` opens the file, by default in
+    plain onnxruntime. ModelError if it cannot be loaded.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+    def __init__(self, path: str | Path, *, threads: int = 0, session: Callable[..., Any] | None = None) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = (session or plain_session)(path, threads=threads)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise ModelError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}") from error
-        self.inputs = [item.name for item in self.session.get_inputs()]
+        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        empty = json.loads(self.metadata.get("empty", "{}"))
+        self.declared = tuple(
+            Input(
+                item.name,
+                TensorType(_DTYPES.get(item.type, torch.float32), tuple(item.shape)),
+                empty.get(item.name, ""),
+            )
+            for item in self.session.get_inputs()
+        )
+        self.inputs = [item.name for item in self.declared]
         self.outputs = [item.name for item in self.session.get_outputs()]
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        inputs |= left_out(self.declared, inputs)
         if set(inputs) != set(self.inputs):
             raise InputError(f"inputs {sorted(inputs)} given; the ONNX model takes {self.inputs}")
         feed = {name: value.detach().cpu().numpy() for name, value in inputs.items()}
         return dict(zip(self.outputs, map(torch.from_numpy, self.session.run(self.outputs, feed)), strict=True))
+
+
+def plain_session(path: str | Path, *, threads: int = 0) -> Any:
+    """An onnxruntime session of a file, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+_DTYPES = {"tensor(float16)": torch.float16, "tensor(double)": torch.float64, "tensor(uint8)": torch.uint8,
+           "tensor(int64)": torch.int64}  # fmt: skip

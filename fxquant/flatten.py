@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,11 +31,12 @@ _GRAD_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 def from_export(
     exported: ExportedProgram, *, fixed: Mapping[str, Any] | None = None, parameters: tuple[str, ...] | None = None,
-    share_batch: bool = False,
+    share_batch: bool = False, declared: Sequence[Input] = (),
 ) -> Program:  # fmt: skip
     """The program of an exported one. ``fixed``: arguments that are no tensors, by name, over those found in it.
 
-    ``share_batch``: first dimensions of the same example size are one. Raises UnkeptGuardError where a size is
+    ``share_batch``: first dimensions of the same example size are one. ``declared``: inputs whose dimensions have these
+    names, and which of them may be left out. Raises UnkeptGuardError where a size is
     limited by what no condition can say, CaptureError for what has no flat graph.
     """
     traced = [n for n in exported.graph.nodes if n.op == "placeholder"]
@@ -49,11 +50,15 @@ def from_export(
     inputs = [
         (name, node.meta.get("val")) for name, node in zip(names, traced[len(traced) - len(names) :], strict=True)
     ]
-    kept = limits(exported, inputs, symbol_names(inputs, share_batch))
+    kept = limits(exported, inputs, symbol_names(inputs, share_batch, declared))
     values = [n.meta.get("val") for n in source.graph.nodes if n.op == "placeholder"]
-    builder = _Builder(source, names, symbol_names(zip(names, values, strict=True), share_batch))
+    builder = _Builder(source, names, symbol_names(zip(names, values, strict=True), share_batch, declared))
     builder.run()
-    found = tuple(Input(str(n.target), t) for n in builder.inputs if isinstance(t := info(n).type, TensorType))
+    empty = {item.name: item.empty for item in declared}
+    found = tuple(
+        Input(name := str(n.target), t, empty.get(name, ""))
+        for n in builder.inputs if isinstance(t := info(n).type, TensorType)
+    )  # fmt: skip
     out_spec = source._out_spec
     assert out_spec is not None
     signature = Signature(

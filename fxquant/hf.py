@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fxquant.errors import ModelError
 from fxquant.examples import example_inputs
+from fxquant.kv_cache import CachedDecoder, with_cache
 from fxquant.program import Progress, quiet
 
 
@@ -40,9 +41,10 @@ class LoadedModel:
     quantized: str | None = None
 
 
-def load_model(path: str | Path, *, progress: Progress = quiet) -> LoadedModel:
+def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress = quiet) -> LoadedModel:
     """The model at ``path``: a folder with config.json and safetensors, or a ``.gguf`` file.
 
+    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it.
     Raises ModelError for anything else, with a word on how to convert it.
     """
     path = Path(path)
@@ -54,9 +56,10 @@ def load_model(path: str | Path, *, progress: Progress = quiet) -> LoadedModel:
         progress("load tokenizer", 1, 3)
         tokenizer = _tokenizer(hf, path)
     progress("make example inputs", 2, 3)
-    inputs = example_inputs(model)
+    model = with_cache(model.eval()) if kv_cache else model.eval()
+    inputs = model.example_inputs() if isinstance(model, CachedDecoder) else example_inputs(model)
     progress("load model", 3, 3)
-    return LoadedModel(model.eval(), tokenizer, inputs, path.stem if path.is_file() else path.resolve().name, quantized)
+    return LoadedModel(model, tokenizer, inputs, path.stem if path.is_file() else path.resolve().name, quantized)
 
 
 def transformers() -> ModuleType:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
 
 from fxquant.errors import near
-from fxquant.scheme import parse_spec
+from fxquant.scheme import PerChannel, parse_spec
 
 
 class MethodOptions(BaseModel):
@@ -113,6 +113,31 @@ class QuantizeAttentionOptions(MethodOptions):
     @property
     def calibrated(self) -> bool:
         return parse_spec(self.spec).static
+
+
+class QuantizeKvCacheOptions(MethodOptions):
+    """The KV cache. ``key`` and ``value``: <format>/channel, one scale a head and channel from calibration data, or
+    <format>/token, one a head and token."""
+
+    on = "float"
+    changes_graph = True
+
+    key: str = "int8/channel"
+    value: str = "int8/token"
+
+    @field_validator("key", "value")
+    @classmethod
+    def _known_spec(cls, value: str) -> str:
+        spec = parse_spec(value)
+        channel = isinstance(spec.granularity, PerChannel) and not spec.granularity.axis
+        if not (channel or spec.dynamic) or spec.scale not in ("fp32", "fp16") or spec.has_zero_point:
+            raise ValueError(f"{value!r}: a KV cache takes <format>/channel or <format>/token, with fp32 or fp16 "
+                             f"scales, such as int4/channel:fp16")  # fmt: skip
+        return value
+
+    @property
+    def calibrated(self) -> bool:
+        return any(not parse_spec(spec).dynamic for spec in (self.key, self.value))
 
 
 class PreShiftOptions(CalibratedOptions):
@@ -223,6 +248,7 @@ METHODS: dict[str, type[MethodOptions]] = {
     "smooth": SmoothOptions,
     "rotate": RotateOptions,
     "quantize_attention": QuantizeAttentionOptions,
+    "quantize_kv_cache": QuantizeKvCacheOptions,
     "pre_shift": PreShiftOptions,
     "search_formats": SearchFormatsOptions,
     "gptq": GptqOptions,

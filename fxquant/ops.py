@@ -14,12 +14,17 @@ tested against this one. Ops on packed codes never see a float weight::
     conv2d_wq(x, packed, ..., stride, padding, dilation, groups)
     embedding_wq(indices, packed, scale, zp, spec, shape)   rows of W, only those that are asked for
     with_outliers(weight, index, values)                weight with some of its entries replaced, stored sparse
+    kv_scale(x, spec)                                   a scale for every token of keys or values
+    quantize_kv(x, scale, spec)                         their codes as they lie in a KV cache
+    dequantize_kv(codes, scale, spec)                   real values of those codes
 
 ``spec`` is a QuantSpec's text, ``shape`` the logical shape of the weight, ``zp`` a zero point or None, and
 ``tensor_scale`` the scale of scales where the spec has one. Scales may be in their stored form (``store_scale``).
 ``exponent_bias`` (int8, one a channel) is what LLM-FP4 moves from activations to weights: a weight's column is
 multiplied by 2^-bias; an activation's channel by 2^bias before it is rounded, and by 2^-bias after unless ``shifted``.
 ``index`` (int32 [n], increasing) are positions in the flattened weight, ``values`` ([n] or [1, n]) what stands there.
+Keys and values are ``[b, heads, tokens, width]``, a scale of theirs ``[heads, 1, width]`` (channel) or ``[b, heads,
+tokens, 1]`` (token); codes are uint8, two of at most 4 bits in a byte where width is even, the first one low.
 W is decoded in float32, rounded once to ``dtype`` (float32 where None), or to the dtype of x where there is one.
 Gradients flow to x and bias (codes have none); ``quantize`` then ``dequantize`` has no gradient, the fake forms have,
 ``linear_wq_fused``, which only inference makes, has none.
@@ -66,6 +71,9 @@ SCHEMAS = (
     f"int groups, {_OUTER}) -> Tensor",
     f"embedding_wq(Tensor indices, {_WEIGHT}, str spec, int[] shape, {_OUTER}, {_DTYPE}) -> Tensor",
     "with_outliers(Tensor weight, Tensor index, Tensor values) -> Tensor",
+    "kv_scale(Tensor x, str spec) -> Tensor",
+    "quantize_kv(Tensor x, Tensor scale, str spec) -> Tensor",
+    f"dequantize_kv(Tensor codes, Tensor scale, str spec, int width, {_DTYPE}) -> Tensor",
 )
 
 operators: Any = torch.ops.fxquant
@@ -200,6 +208,32 @@ def with_outliers(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return flat.reshape(weight.shape)
 
 
+def kv_scale(x: Tensor, spec: str) -> Tensor:
+    parsed = parse_spec(spec)
+    ideal = x.abs().amax(-1, keepdim=True).float() / parsed.format.max
+    most = torch.finfo(parsed.scale_dtype)
+    scale = ideal.clamp(max=most.max).to(parsed.scale_dtype).clamp(min=most.tiny)
+    return torch.where(ideal == 0, torch.ones_like(scale), scale)
+
+
+def two_a_byte(spec: QuantSpec, width: int) -> bool:
+    """Whether two codes of a KV cache with ``width`` channels share a byte."""
+    return spec.format.bits <= 4 and width % 2 == 0
+
+
+def quantize_kv(x: Tensor, scale: Tensor, spec: str) -> Tensor:
+    parsed = parse_spec(spec)
+    codes = parsed.format.encode(x.float() / scale.float())
+    return codes[..., ::2] | codes[..., 1::2] << 4 if two_a_byte(parsed, x.shape[-1]) else codes
+
+
+def dequantize_kv(codes: Tensor, scale: Tensor, spec: str, width: int, *, dtype: DType = None) -> Tensor:
+    parsed = parse_spec(spec)
+    if two_a_byte(parsed, width):
+        codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(-2)
+    return parsed.format.decode(codes).mul_(scale.float()).to(dtype or torch.float32)
+
+
 def dequantize_by_row(codes: Tensor, given: Scales, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
     """Real values of rows that were picked out of a matrix, each with its own scales already picked out with it."""
     wide = spec.block(*codes.shape)[1]
@@ -220,6 +254,9 @@ _BODIES: dict[str, Callable[..., Tensor]] = {
     "conv2d_wq": conv2d_wq,
     "embedding_wq": embedding_wq,
     "with_outliers": with_outliers,
+    "kv_scale": kv_scale,
+    "quantize_kv": quantize_kv,
+    "dequantize_kv": dequantize_kv,
 }
 for _name, _body in _BODIES.items():
     _library.impl(_name, _body, "CompositeExplicitAutograd")
@@ -256,6 +293,19 @@ def _fake_embedding(indices: Tensor, packed: Tensor, scale: Tensor, zero_point: 
     return indices.new_empty(*indices.shape, shape[1], dtype=dtype or torch.float32)
 
 
+def _fake_kv_scale(x: Tensor, spec: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], 1, dtype=parse_spec(spec).scale_dtype)
+
+
+def _fake_kv_codes(x: Tensor, scale: Tensor, spec: str) -> Tensor:
+    width = x.shape[-1] // 2 if two_a_byte(parse_spec(spec), x.shape[-1]) else x.shape[-1]
+    return x.new_empty(*x.shape[:-1], width, dtype=torch.uint8)
+
+
+def _fake_kv(codes: Tensor, scale: Tensor, spec: str, width: int, *, dtype: DType = None) -> Tensor:
+    return codes.new_empty(*codes.shape[:-1], width, dtype=dtype or torch.float32)
+
+
 _FAKES: dict[str, Callable[..., Tensor]] = {
     "quantize": _fake_codes,
     "dequantize": _fake_shape,
@@ -267,6 +317,9 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "conv2d_wq": _fake_conv2d,
     "embedding_wq": _fake_embedding,
     "with_outliers": _fake_like_x,
+    "kv_scale": _fake_kv_scale,
+    "quantize_kv": _fake_kv_codes,
+    "dequantize_kv": _fake_kv,
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)

@@ -31,10 +31,12 @@ from fxquant.passes.pb_llm import PB_LLM
 from fxquant.passes.pre_shift import PRE_SHIFT
 from fxquant.passes.quantize_activations import QUANTIZE_ACTIVATIONS
 from fxquant.passes.quantize_attention import QUANTIZE_ATTENTION
+from fxquant.passes.quantize_kv_cache import QUANTIZE_KV_CACHE
 from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.passes.rotate import ROTATE
 from fxquant.passes.search_formats import SEARCH_FORMATS
 from fxquant.passes.smooth import SMOOTH
+from fxquant.passes.store_kv_cache import STORE_KV_CACHE
 from fxquant.passes.zq_global import ZQ_GLOBAL
 from fxquant.passes.zq_local import ZQ_LOCAL
 from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
@@ -81,6 +83,7 @@ def compile(
         Stage(REMOVE_DEAD),
         *methods["codes"],
         Stage(LOWER),
+        *([Stage(STORE_KV_CACHE)] if any(s.pass_ is QUANTIZE_KV_CACHE for s in methods["float"]) else []),
         Stage(REMOVE_DEAD),
     ]
     run(program, stages, check=verify, measure=measure, progress=progress)
@@ -90,8 +93,8 @@ def compile(
 METHODS = {
     method.name: method
     for method in (
-        SMOOTH, ROTATE, QUANTIZE_ATTENTION, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, ZQ_GLOBAL, GWQ, PB_LLM,
-        LORC, FOLD_ACTIVATION_SCALES,
+        SMOOTH, ROTATE, QUANTIZE_ATTENTION, QUANTIZE_KV_CACHE, PRE_SHIFT, SEARCH_FORMATS, GPTQ, ZQ_LOCAL, ZQ_GLOBAL,
+        GWQ, PB_LLM, LORC, FOLD_ACTIVATION_SCALES,
     )
 }  # fmt: skip
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
@@ -178,15 +181,18 @@ def check_rules(rules: Sequence[LayerRule], layers: Sequence[Layer]) -> None:
 
 
 def _measure(program: Program, example_inputs: Any) -> Measure | None:
-    """Relative error against the captured program's output on the example inputs."""
+    """Relative error against the captured program's output on the example inputs; None once it takes other inputs."""
     if example_inputs is None:
         return None
     args, kwargs = as_call(example_inputs)
+    captured = program.signature.inputs
     inputs = program.signature.bind(args, kwargs)
     with torch.no_grad():
         want = program.gm(*inputs)
 
     def measure(program: Program) -> float | None:
+        if program.signature.inputs != captured:
+            return None
         with torch.no_grad(), cpu.reference_only():
             return relative_error(program.gm(*inputs), want)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,10 +26,14 @@ Structure = dict[str, Any] | int | None
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor input: its name and its type, symbolic where a size may vary."""
+    """A tensor input: its name and its type, symbolic where a size may vary.
+
+    ``empty`` names the dimension that is 0 where the input is left out; inputs without one must be given.
+    """
 
     name: str
     type: TensorType
+    empty: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Signature:
                     self._check_fixed(name, value)
                 else:
                     raise InputError(f"unknown input {name!r}; the model was captured with {names}")
+        given |= left_out(self.inputs, given)
         if missing := [n for n in names if n not in given]:
             raise InputError(f"missing input{'s' if len(missing) > 1 else ''} {missing}; the model takes {names}")
         self._check_types(given)
@@ -122,7 +128,7 @@ class Signature:
         at = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in used)
         raise InputError(
             f"the inputs have {at}; the program holds for {broken}{self._nearest(sizes, used)}, since the model takes "
-            f"another path at other sizes; compile with example_inputs of the size you need"
+            f"another path at other sizes, or has no more positions; compile with example_inputs of the size you need"
         )
 
     def _broken(self, sizes: Mapping[str, int]) -> str | None:
@@ -151,6 +157,24 @@ class Signature:
         if self.out_spec is not None:
             return pytree.tree_unflatten(list(outputs), self.out_spec)
         return _build(self.output, outputs)
+
+
+def left_out(inputs: Sequence[Input], given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An empty tensor for each input that may be left out and was, if nothing else of its dimension was given.
+
+    Its other sizes are those of the inputs that are there; what cannot be known stays missing.
+    """
+    tensors = {i: value for i in inputs if isinstance(value := given.get(i.name), Tensor)}
+    sizes = {dim: n for i, value in tensors.items() for dim, n in zip(i.type.shape, value.shape, strict=False)}
+    found = {}
+    for item in inputs:
+        if not item.empty or item.name in given or item.empty in sizes:
+            continue
+        shape = [0 if dim == item.empty else dim if isinstance(dim, int) else sizes.get(dim) for dim in item.type.shape]
+        if None not in shape:
+            device = next(iter(tensors.values())).device if tensors else None
+            found[item.name] = torch.empty(shape, dtype=item.type.dtype, device=device)  # type: ignore[arg-type]
+    return found
 
 
 def _check_derived(item: Input, value: Tensor, size: int, dim: str, sizes: Mapping[str, int]) -> None:

@@ -23,6 +23,7 @@ from fxquant.eager import copies, difference, run_model
 from fxquant.errors import CaptureError
 from fxquant.graph import TensorType
 from fxquant.program import Program
+from fxquant.signature import Input
 
 _UNBOUNDED = 2**62
 
@@ -66,21 +67,36 @@ def default_dynamic_shapes(inputs: Any, static: frozenset[tuple[int, int]] = fro
     return shapes
 
 
+def declared_shapes(declared: Sequence[Input]) -> dict[str, dict[int, Any]]:
+    """torch.export's dynamic_shapes for inputs with named dimensions: those of the same name are one."""
+    known: dict[str, Any] = {}
+    return {
+        item.name: {d: known.setdefault(dim, Dim(dim)) for d, dim in enumerate(item.type.shape) if isinstance(dim, str)}
+        for item in declared
+    }
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
-def symbol_names(inputs: Iterable[tuple[str, Any]], share_batch: bool) -> dict[str, str]:
-    """Export's symbols (s12) to words: batch, sequence, or input_dimN where that name is taken.
+def symbol_names(
+    inputs: Iterable[tuple[str, Any]], share_batch: bool, declared: Sequence[Input] = ()
+) -> dict[str, str]:
+    """Export's symbols (s12) to words: batch, sequence, or input_dimN where that name is taken; those ``declared``.
 
     ``inputs``: name and traced value of each. With ``share_batch``, first dimensions of the same example size are one
     dimension, also where export found no operator that needs it.
     """
     names: dict[str, str] = {}
     batch: int | None = None
+    own = {item.name: item.type.shape for item in declared}
     for name, value in inputs:
         if not isinstance(value, Tensor):
             continue
         for d, size in enumerate(value.shape):
             symbol = str(size)
             if isinstance(size, int) or not symbol.isidentifier() or symbol in names:
+                continue
+            if name in own:
+                names[symbol] = str(own[name][d])
                 continue
             hint = getattr(size.node, "hint", None)
             word = "batch" if d == 0 else "sequence" if d == 1 and d in dynamic_dims(value) else f"{name}_dim{d}"

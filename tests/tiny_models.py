@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -86,3 +88,17 @@ class Conv1D(nn.Module):
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(20, 32), nn.GELU(), nn.Linear(32, 6))
+
+
+def tiny_decoder(cls: str = "Llama", **settings: Any) -> nn.Module:
+    """A causal language model of transformers with two layers and random weights; its vocabulary is 64."""
+    import transformers
+
+    small = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{cls}Config")(**{**small, **settings})
+    kind = "GPT2LMHeadModel" if cls == "GPT2" else f"{cls}ForCausalLM"
+    return getattr(transformers, kind)(config).eval()  # type: ignore[no-any-return]
