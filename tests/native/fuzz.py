@@ -104,7 +104,11 @@ def runtimes() -> list[str]:
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
 def sessions(library: str, seconds: float, seed: int) -> int:
-    """Random models until the time is over."""
+    """Random models until the time is over. What takes long to import is there before it begins."""
+    import onnxruntime  # noqa: F401
+
+    import fxquant.codegen.ort_formats  # noqa: F401
+
     random.seed(seed)
     numbers = np.random.default_rng(seed)
     counts: Counter[str] = Counter()
