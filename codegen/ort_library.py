@@ -24,7 +24,7 @@ import torch
 
 from fxquant import cache as private
 from fxquant import ops
-from fxquant.codegen import cpu_library
+from fxquant.codegen import cpu_build, cpu_library
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, op_type
 from fxquant.errors import CacheError, FxquantError, KernelError
 from fxquant.packing import pack, planar
@@ -80,7 +80,7 @@ def report() -> dict[str, str]:
 
     found = {"instruction sets": ", ".join(one.name for one in cpu_library.instruction_sets())}
     try:
-        found["compiler"] = cpu_library.compiler().version
+        found["compiler"] = cpu_build.compiler().version
     except FxquantError as error:
         found["compiler"] = str(error)
     try:

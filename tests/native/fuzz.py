@@ -72,13 +72,13 @@ def foreign(folder: Path, compiler: list[str], emulator: list[str], seconds: flo
 
 def linked(folder: Path, compiler: list[str], flags: list[str], *, library: bool = True) -> Path:
     """The driver, and ``library.so`` beside it; every unit is compiled once."""
-    from fxquant.codegen import cpu_source
+    from fxquant.codegen import cpu_build
 
-    for file, text in cpu_source.sources().items():
+    for file, text in cpu_build.sources().items():
         (folder / file).write_text(text, encoding="utf-8")
     (folder / "fuzz_kernels.cpp").write_text((HERE / "fuzz_kernels.cpp").read_text(encoding="utf-8"), encoding="utf-8")
     common = [*compiler, "-std=c++17", *flags, "-fPIC", "-fvisibility=hidden", "-pthread"]
-    kernels = [unit for unit in cpu_source.UNITS if unit != "ort"]
+    kernels = [unit for unit in cpu_build.UNITS if unit != "ort"]
     units = [*kernels, "fuzz_kernels", *(["ort"] if library else [])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = [[*common, "-c", f"{unit}.cpp", "-o", f"{unit}.o"] for unit in units]
