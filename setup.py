@@ -1,8 +1,7 @@
 """What pyproject.toml cannot say: where there is a C++ compiler, the CPU kernels are compiled into the wheel.
 
-They are compiled for every instruction set of this architecture, and chosen when they are used, so that the wheel serves
-any CPU of it. Without a compiler the wheel holds their sources, which the first call compiles; so does an editable
-installation.
+They are compiled for every instruction set of this architecture and chosen at run time, so that the wheel serves any CPU
+of it. Without a compiler the wheel holds their sources, which the first call compiles; so does an editable installation.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ class BuildPy(build_py):
             return
         try:
             compiler = cpu_build.compiler()
+            for old in self.place.glob("*.so"):  # of a build folder that is used again
+                old.unlink()
             for isa in cpu_build.of_architecture():
                 self.announce(f"compiling the CPU kernels for {isa.name}", level=2)
                 (self.place / cpu_build.file_name(isa)).write_bytes(cpu_build.compiled(compiler, isa))
         except FxquantError as error:
-            self.warn(
-                f"the CPU kernels are not compiled: {error}. They will be at the first call, where there is a compiler"
-            )
+            self.warn(f"the CPU kernels are not compiled: {error}. They will be at their first call")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         return [*super().get_outputs(include_bytecode), *(str(path) for path in self.place.glob("*.so"))]

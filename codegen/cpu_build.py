@@ -1,8 +1,8 @@
 """cpu_build: the C++ sources of the CPU kernels, ``native/``, and how they are compiled.
 
 The sources know no format: what a code means is a table of numbers that a host gives, and codes lie as they do on disk.
-They are compiled once for each instruction set, for torch and for onnxruntime in one library. Nothing here needs torch: ``setup.py``, which runs where there is none,
-loads this file too.
+They are compiled once for each instruction set, for torch and for onnxruntime in one library. Nothing here needs torch:
+``setup.py``, which runs where there is none, loads this file too.
 """
 
 from __future__ import annotations
