@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: where there is a C++ compiler, the CPU kernels are compiled into the wheel.
 
-They are compiled for every instruction set of this architecture and chosen at run time, so that the wheel serves any CPU
-of it. Without a compiler the wheel holds their sources, which the first call compiles; so does an editable installation.
+They are compiled for every instruction set of this architecture and chosen at run time, so that the wheel serves any
+CPU of it. Without a compiler the wheel holds their sources, which the first call compiles; so does an editable
+installation.
 """
 
 from __future__ import annotations

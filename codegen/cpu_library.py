@@ -1,9 +1,9 @@
 """cpu_library: the CPU kernels found, or compiled, and loaded.
 
-Those that were compiled when fxquant was installed are taken if their name has the hash of the sources and flags that are
-here now. Else they are compiled once, by the compiler that is here, into the cache; the name there has a hash of the
-compiler too. A file of the cache is loaded only if this user alone can write to it (``fxquant.cache``), and any file is
-used only if it gives what the reference gives for every format on this machine.
+Those that were compiled when fxquant was installed are taken if their name has the hash of the sources and flags that
+are here now. Else they are compiled once, by the compiler that is here, into the cache; the name there has a hash of
+the compiler too. A file of the cache is loaded only if this user alone can write to it (``fxquant.cache``), and any
+file is used only if it gives what the reference gives for every format on this machine.
 """
 
 from __future__ import annotations
