@@ -246,15 +246,26 @@ print(y.shape, "torch" in sys.modules)
 def test_shapes_are_known_before_there_are_data(library: str) -> None:
     q = weight("e3m2/group64", 24, 128)
     x, indices = {"x": normal(2, 3, 128)}, {"indices": torch.zeros(2, 3, dtype=torch.int64)}
-    for op, inputs, more, last in [
-        ("Linear", x, {}, 24), ("Embedding", indices, {}, 128), ("Dequantize", {}, {"weight_shape": [24, 2, 64]}, 64),
+    halves = {"x": x["x"].half()}
+    for op, inputs, more, last, dtype in [
+        ("Linear", x, {}, 24, torch.float32), ("Linear", halves, {}, 24, torch.float16),
+        ("Embedding", indices, {}, 128, torch.float32),
+        ("Dequantize", {}, {"weight_shape": [24, 2, 64]}, 64, torch.float32),
     ]:  # fmt: skip
-        made = model(f"{op}_e3m2", inputs, weight_inputs(q), **attributes(q), **more)
+        made = model(f"{op}_e3m2", inputs, weight_inputs(q, half=True), y=dtype, **attributes(q), **more)
         for value in made.graph.input:
             for i, dim in enumerate(value.type.tensor_type.shape.dim):
                 dim.dim_param = f"size{i}"
         shape = session(made, library).get_outputs()[0].shape
         assert shape == ([24, 2, 64] if op == "Dequantize" else ["size0", "size1", last])
+    for dtype in models.KINDS:
+        if dtype.is_floating_point and dtype != torch.float64:
+            rounded = model(
+                "FakeQuantize_e4m3", {"x": torch.zeros(2, 5, dtype=dtype)}, {"scale": torch.ones(1)}, y=dtype
+            )
+            rounded.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
+            rounded.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
+            assert session(rounded, library).get_outputs()[0].shape == ["n", 5]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
