@@ -53,12 +53,15 @@ class Wheel(bdist_wheel):
     """A wheel of this platform if it holds compiled kernels; of any Python 3, since Python is nothing to them."""
 
     def run(self) -> None:
-        self.run_command("build")
-        self.root_is_pure = not any((Path(self.get_finalized_command("build").build_lib) / PLACE).glob("*.so"))
+        self.run_command("build")  # now it is known what there is
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        return ("py3", "none", super().get_tag()[2])
+        compiled = any((Path(self.get_finalized_command("build").build_lib) / PLACE).glob("*.so"))
+        self.root_is_pure = not compiled
+        platform = super().get_tag()[2]
+        self.root_is_pure = True  # where files go
+        return ("py3", "none", platform)
 
 
 setup(cmdclass={"build_py": BuildPy, "bdist_wheel": Wheel})
