@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint bench golden clean
+.PHONY: demo test test-all lint bench golden fuzz-native clean
 
 demo: $(READY)  ## compile SmolLM2 to FP6, measure it, run it in onnxruntime, write a report (out/demo)
 	$(BIN)/fxquant demo -o out/demo --overwrite
@@ -26,6 +26,9 @@ bench: $(READY)  ## the numbers in docs/results.md
 
 golden: $(READY)  ## write the golden figures of the kernels anew
 	$(BIN)/python tests/golden_kernels.py --write
+
+fuzz-native: $(READY)  ## random weights, models and attributes through the CPU kernels and onnxruntime, under sanitizers
+	$(BIN)/python tests/native/fuzz.py --seconds 60
 
 # torch first: a range would take the newest release, which may be a build of several gigabytes.
 $(READY): pyproject.toml

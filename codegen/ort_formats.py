@@ -1,7 +1,7 @@
-"""ort_formats: the formats of the operators' library as a C++ header. ``python -m fxquant.codegen.ort_formats`` prints it.
+"""ort_formats: the formats of the operators' library as a C++ header, written by running this module.
 
-``native/formats.h`` is a file of the project, so that the library compiles where there is no torch to make a table with; a test
-compares the two.
+``native/formats.h`` is a file of the project, so that the library compiles where there is no torch to make a table
+with; a test compares the two.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(fxquant.custom_ops_library())
 
-The library is the file of ``cpu_library``: one for both hosts. Before its path is handed out, a process of its own loads
-it in the onnxruntime that is installed and runs one node: what could take a program down is found out elsewhere. What
-passed is remembered in the cache, for that file, that onnxruntime and this machine.
+The library is the file of ``cpu_library``, one for both hosts. Before its path is handed out, a process of its own
+loads it in the onnxruntime that is installed and runs one node: what could take a program down is found out elsewhere.
+What passed is remembered in the cache, for that file, that onnxruntime and this machine.
 """
 
 from __future__ import annotations
@@ -72,6 +72,23 @@ def onnx_session(
                 raise
             warnings.warn(str(error), stacklevel=2)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def report() -> dict[str, str]:
+    """What the kernels of this machine are: instruction sets, compiler, library, trial; reasons where there is none."""
+    import onnxruntime
+
+    found = {"instruction sets": ", ".join(one.name for one in cpu_library.instruction_sets())}
+    try:
+        found["compiler"] = cpu_library.compiler().version
+    except FxquantError as error:
+        found["compiler"] = str(error)
+    try:
+        found["library"] = custom_ops_library()
+        found["trial"] = f"passed in onnxruntime {onnxruntime.__version__}"
+    except FxquantError as error:
+        found["library"] = str(error)
+    return found
 
 
 @cache
@@ -142,7 +159,7 @@ def _example() -> tuple[bytes, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def one_node(op: str, x: np.ndarray[Any, Any], weights: tuple[np.ndarray[Any, Any], ...], **attributes: Any) -> bytes:
-    """A model of one node of our domain, named after ``op``, without a function: y of x of any sizes and ``weights``."""
+    """A model of one node of our domain, without a function: y of x of any sizes and ``weights``."""
     import onnx
     from onnx import helper
 

@@ -29,6 +29,9 @@ def kernels(
         list[str] | None,
         typer.Option(metavar="NAME", help="A weight format, such as e3m2; give several. Default: the model's, or all."),
     ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Show the kernels of this CPU instead, for torch and onnxruntime.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write the Triton kernels, compile them ahead of time, and show what each does a weight. No GPU is needed.
@@ -46,7 +49,12 @@ def kernels(
         fxquant kernels out --arch sm_80 --arch sm_90 --format e3m2
 
         fxquant kernels smollm2-fp6 --json
+
+        fxquant kernels --cpu
     """
+    if cpu:
+        _print_cpu(as_json)
+        return
     from fxquant import kernels as making
     from fxquant import store
     from fxquant.codegen.variants import parse_arch
@@ -78,6 +86,18 @@ def kernels(
         _print(number, [row for row in rows if row.arch == number])
     if place is not None:
         typer.echo(f"\nwrote {', '.join(files)} to {place}")
+
+
+def _print_cpu(as_json: bool) -> None:
+    """What the kernels of this machine are."""
+    from fxquant.codegen.ort_library import report
+
+    found = report()
+    if as_json:
+        print_json(found)
+        return
+    for name, text in found.items():
+        typer.echo(f"{name:<20}{text}")
 
 
 def _reasons(skipped: list[Skipped]) -> list[str]:

@@ -59,7 +59,7 @@ static inline uint16_t to_bfloat(float value) {
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-static void halves_to_floats(const uint16_t *from, int64_t count, float *to) {
+static inline void halves_to_floats(const uint16_t *from, int64_t count, float *to) {
     int64_t i = 0;
 #ifdef __F16C__
     for (; i + 8 <= count; i += 8)
@@ -68,7 +68,7 @@ static void halves_to_floats(const uint16_t *from, int64_t count, float *to) {
     for (; i < count; i++) to[i] = from_half(from[i]);
 }
 
-static void floats_to_halves(const float *from, int64_t count, uint16_t *to) {
+static inline void floats_to_halves(const float *from, int64_t count, uint16_t *to) {
     int64_t i = 0;
 #ifdef __F16C__
     for (; i + 8 <= count; i += 8)
@@ -77,11 +77,11 @@ static void floats_to_halves(const float *from, int64_t count, uint16_t *to) {
     for (; i < count; i++) to[i] = to_half(from[i]);
 }
 
-static void bfloats_to_floats(const uint16_t *from, int64_t count, float *to) {
+static inline void bfloats_to_floats(const uint16_t *from, int64_t count, float *to) {
     for (int64_t i = 0; i < count; i++) to[i] = from_bfloat(from[i]);
 }
 
-static void floats_to_bfloats(const float *from, int64_t count, uint16_t *to) {
+static inline void floats_to_bfloats(const float *from, int64_t count, uint16_t *to) {
     for (int64_t i = 0; i < count; i++) to[i] = to_bfloat(from[i]);
 }
 
@@ -104,12 +104,12 @@ static inline float rounded(float ratio, const Grid &grid) {
 }
 
 // y = rounded(x / scale) * scale
-static void fake_quantize(const float *x, int64_t count, float scale, const Grid &grid, float *y) {
+static inline void fake_quantize(const float *x, int64_t count, float scale, const Grid &grid, float *y) {
     for (int64_t i = 0; i < count; i++) y[i] = rounded(x[i] / scale, grid) * scale;
 }
 
 // The largest magnitude of x and of `most`; NaN where there is one.
-static float absmax(const float *x, int64_t count, float most) {
+static inline float absmax(const float *x, int64_t count, float most) {
     uint32_t found = bits_of(most); // floats without their sign are ordered as integers, NaN above all
     for (int64_t i = 0; i < count; i++) {
         uint32_t rest = bits_of(x[i]) & 0x7FFFFFFF;

@@ -8,20 +8,30 @@
 
 namespace fxq {
 
-constexpr int64_t AHEAD = 2048; // bytes of a plane that are fetched before they are needed
+constexpr int64_t AHEAD = 3072; // bytes from the beginning of a row to what is fetched while it is read
 
 struct Row { // where the planes of a row begin
     const uint8_t *plane8, *plane4, *plane2, *plane1;
     int64_t cols;
+    const uint8_t *later; // what is fetched while the row is read: a row's bytes in their order from here on, or null
+    int64_t ahead;        // then: bytes from what is read of a plane to what is fetched of it
 };
 
 static inline Row row_of(const Weight &w, int64_t n) {
-    const uint8_t *at = w.packed + n * row_bytes(w.bits, w.cols);
-    Row row{at, at, at, at, w.cols};
+    const int64_t bytes = row_bytes(w.bits, w.cols);
+    const uint8_t *at = w.packed + n * bytes;
+    Row row{at, at, at, at, w.cols, at + AHEAD, 2 * bytes};
     const uint8_t **planes[] = {&row.plane8, &row.plane4, &row.plane2, &row.plane1};
     const int widths[] = {8, 4, 2, 1};
     for (int i = 0; i < 4; i++)
         if (has_plane(w.bits, widths[i])) *planes[i] = at, at += ceil_div(w.cols * widths[i], 8);
+    return row;
+}
+
+// The same where only some columns of many rows are read.
+static inline Row part_of_row(const Weight &w, int64_t n) {
+    Row row = row_of(w, n);
+    row.later = nullptr;
     return row;
 }
 
@@ -51,6 +61,12 @@ struct alignas(64) Tables {
         }
     }
 
+    bool mirrored() const { // the upper half is the lower one with the sign
+        for (int i = 0; i < 128; i++)
+            if (words[i + 128] != (words[i] | 0x8000) || words[i] & 0x8000) return false;
+        return true;
+    }
+
     bool shifted(int up) const {
         for (int i = 0; i < 256; i++) {
             const float is = half_to_float((uint16_t)((i & 0x80) << 8 | (i & 0x7F) << up)) * factor;
@@ -66,13 +82,17 @@ struct alignas(64) Tables {
     }
 };
 
-// What is read of every plane some time later: the next row's, which the CPU does not foresee at a row's end.
+// Fetches some of what will be read: the CPU does not foresee planes side by side.
 template <int BITS> static FXQ_INLINE void fetch(const Row &row, int64_t block, int columns) {
+    if (row.later) {
+        for (int at = 0; at < columns * BITS / 8; at += 64) __builtin_prefetch(row.later + block * columns * BITS / 8 + at);
+        return;
+    }
     const uint8_t *planes[] = {row.plane8, row.plane4, row.plane2, row.plane1};
     const int widths[] = {8, 4, 2, 1};
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
-        if (has_plane(BITS, widths[i])) __builtin_prefetch(planes[i] + block * columns * widths[i] / 8 + AHEAD);
+        if (has_plane(BITS, widths[i])) __builtin_prefetch(planes[i] + block * columns * widths[i] / 8 + row.ahead);
 }
 
 #if FXQ_AVX512
@@ -131,9 +151,10 @@ template <int BITS> struct Codes {
 };
 
 // The two upper bytes of the float of every code: of 64 codes two vectors of words, from bytes with an even and with an
-// odd number. A look-up takes as many bits of an index as it needs, whatever is above them.
-template <int BITS> struct Upper {
-    static constexpr int PARTS = BITS < 6 ? 1 : BITS < 8 ? 2 : 4;
+// odd number. A look-up takes as many bits of an index as it needs, whatever is above them. MIRRORED: the highest bit of
+// 8 is the sign of a float, and the other 7 are looked up.
+template <int BITS, bool MIRRORED = false> struct Upper {
+    static constexpr int PARTS = BITS < 6 ? 1 : BITS < 8 || MIRRORED ? 2 : 4;
     __m512i part[PARTS], more[PARTS]; // words; for 7 and 8 bits the higher byte, and the lower
 
     explicit Upper(const Tables &t) {
@@ -146,10 +167,10 @@ template <int BITS> struct Upper {
     }
 
     static FXQ_INLINE __m512i bytes(const __m512i *table, __m512i c) {
-        __m512i found = _mm512_permutex2var_epi8(table[0], c, table[1]);
-        if constexpr (BITS == 8)
-            found = _mm512_mask_mov_epi8(found, _mm512_movepi8_mask(c),
-                                         _mm512_permutex2var_epi8(table[2], c, table[3]));
+        const __m512i found = _mm512_permutex2var_epi8(table[0], c, table[1]);
+        if constexpr (PARTS == 4)
+            return _mm512_mask_mov_epi8(found, _mm512_movepi8_mask(c),
+                                        _mm512_permutex2var_epi8(table[2], c, table[PARTS - 1]));
         return found;
     }
 
@@ -161,7 +182,9 @@ template <int BITS> struct Upper {
             words[0] = _mm512_permutex2var_epi16(part[0], c, part[1]);
             words[1] = _mm512_permutex2var_epi16(part[0], _mm512_srli_epi16(c, 8), part[1]);
         } else {
-            const __m512i high = bytes(part, c), low = bytes(more, c), lower = _mm512_set1_epi16(0x00FF);
+            __m512i high = bytes(part, c), low = bytes(more, c);
+            if (MIRRORED) high = _mm512_ternarylogic_epi32(high, c, _mm512_set1_epi8((char)0x80), 0xF8); // | c & 0x80
+            const __m512i lower = _mm512_set1_epi16(0x00FF);
             words[0] = _mm512_ternarylogic_epi32(lower, low, _mm512_slli_epi16(high, 8), 0xCA);
             words[1] = _mm512_ternarylogic_epi32(lower, _mm512_srli_epi16(low, 8), high, 0xCA);
         }
@@ -177,9 +200,9 @@ template <int BITS> struct Lanes {
 };
 
 // By the two upper bytes.
-template <int BITS> struct ByUpper : Lanes<BITS> {
+template <int BITS, bool MIRRORED = false> struct ByUpper : Lanes<BITS> {
     Codes<BITS> codes;
-    Upper<BITS> upper;
+    Upper<BITS, MIRRORED> upper;
 
     explicit ByUpper(const Tables &t) : upper(t) {}
 
@@ -196,6 +219,24 @@ template <int BITS> struct ByUpper : Lanes<BITS> {
                 out[4 * i + 2 + odd] = (floats)_mm512_and_si512(words[odd], mask);
             }
         }
+    }
+};
+
+// 8 bits: whole numbers, in two's complement or without a sign.
+template <bool SIGNED> struct ByWhole : Lanes<8> {
+    Codes<8> codes;
+
+    explicit ByWhole(const Tables &) {}
+
+    FXQ_INLINE void operator()(const Row &row, int64_t block, floats *out) const {
+        __m512i c;
+        codes(row, block, &c);
+        const __m512i mask = _mm512_set1_epi32(0xFF);
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; b++)
+            out[b] = (floats)_mm512_cvtepi32_ps(
+                SIGNED ? _mm512_srai_epi32(b == 3 ? c : _mm512_slli_epi32(c, 24 - 8 * b), 24)
+                       : _mm512_and_si512(b == 0 ? c : _mm512_srli_epi32(c, 8 * b), mask));
     }
 };
 

@@ -7,6 +7,11 @@ namespace fxq {
 template <int BITS, class What> static void with_decoder_of(const Weight &w, What what) {
     const Tables tables(w.values, BITS);
 #if FXQ_AVX512
+    if constexpr (BITS == 8) {
+        if (tables.upper && tables.mirrored()) return what(std::common_type<ByUpper<8, true>>{}, tables);
+        if (tables.whole(true)) return what(std::common_type<ByWhole<true>>{}, tables);
+        if (tables.whole(false)) return what(std::common_type<ByWhole<false>>{}, tables);
+    }
     if (tables.upper) return what(std::common_type<ByUpper<BITS>>{}, tables);
     return what(std::common_type<ByGather<BITS>>{}, tables);
 #else

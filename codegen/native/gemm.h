@@ -2,7 +2,7 @@
 // shape: the same bits for any number of threads.
 //
 //     one    a dot product along k; what a block adds up to is scaled             reads W at the speed of memory
-//     few    rows of W against up to 8 rows of x, numbers scaled as they are decoded
+//     few    rows of W against up to 12 rows of x, four at a time
 //     many   a strip of W is decoded to floats, then multiplied by panels of x in which neighbours are rows
 #pragma once
 #include "codes.h"
@@ -13,7 +13,8 @@
 namespace fxq {
 
 constexpr int64_t STRIP = 48; // rows of W of one piece of work
-constexpr int64_t CHUNK = 512; // columns that few and many take at a time: rows of x stay in the first cache
+constexpr int64_t CHUNK = 512; // columns that many takes at a time, and of 8 rows of x few: in the first cache
+constexpr int64_t PITCH = CHUNK + 16; // floats between rows of them: a power of two would put all into few sets of the cache
 constexpr int64_t MOST = 512; // rows of x that many takes at a time
 
 enum Kind { WIDE, EVEN, UNEVEN }; // a group has whole blocks; a block has whole groups; neither
@@ -141,17 +142,15 @@ template <class D> struct Product {
     float *y;
     const Tables &tables;
     Grouping<D> grouping;
-    int64_t blocks, width; // width: rows of x that lie side by side in a panel of many
-    float *arranged = nullptr; // one: [K']  few: [chunk][M][CHUNK]  many: [chunk][panel][CHUNK][width]
-    float *lanes = nullptr;    // one, with zero points: what the lanes of x add up to, [blocks][HALVES][LANES]
+    int64_t blocks, step, width; // step: blocks that few takes at a time; width: rows of x side by side in a panel of many
+    Room<float> arranged; // one: [K']  few: [chunk][M][pitch]  many: [chunk][panel][CHUNK][width]
+    Room<float> lanes;    // one, with zero points: what the lanes of x add up to, [blocks][HALVES][LANES]
     const char *failed = nullptr;
 
     Product(const Weight &w, const Tables &tables, const float *x, int64_t M, int64_t x_stride, const float *bias,
             float *y, int64_t y_stride)
         : w(w), x(x), bias(bias), M(M), x_stride(x_stride), y_stride(y_stride), y(y), tables(tables), grouping(w),
-          blocks(ceil_div(w.cols, D::BLOCK)), width(0) {}
-    ~Product() { delete[] arranged, delete[] lanes; }
-    Product(const Product &) = delete;
+          blocks(ceil_div(w.cols, D::BLOCK)), step(0), width(0) {}
 
     int64_t pieces() const { return ceil_div(w.rows, STRIP); }
     int64_t first(int64_t piece) const { return piece * STRIP; }
@@ -188,10 +187,11 @@ template <class D, bool ZERO> static void one_piece(void *data, int64_t piece) {
 
 template <class D, bool ZERO> static void one(Product<D> &p, const Threads &threads) {
     const int64_t size = p.blocks * D::BLOCK;
-    p.arranged = new (std::nothrow) float[size];
-    if (ZERO) p.lanes = new (std::nothrow) float[p.blocks * D::HALVES * LANES]();
+    p.arranged = Room<float>(size);
+    if (ZERO) p.lanes = Room<float>(p.blocks * D::HALVES * LANES);
     if (!p.arranged || (ZERO && !p.lanes)) return void(p.failed = NO_MEMORY);
     arrange<D>(p.x, p.w.cols, 0, p.blocks, p.arranged, 1);
+    if (ZERO) std::memset(p.lanes, 0, sizeof(float) * (size_t)(p.blocks * D::HALVES * LANES));
     for (int64_t b = 0; ZERO && b < p.blocks; b++)
         for (int v = 0; v < D::VECTORS; v++)
             for (int l = 0; l < LANES; l++)
@@ -200,61 +200,80 @@ template <class D, bool ZERO> static void one(Product<D> &p, const Threads &thre
 }
 
 // --- a few ----------------------------------------------------------------------------------------------------------
-constexpr int FEW = 8; // rows of x at a time, each with a sum in a register
+constexpr int FEW = 12; // rows of x, which are taken by fours
 
+// ROWS rows of x against a row of W: sums of a block are scaled, or the numbers before, where that is less or zero points
+// or uneven groups ask for it.
 template <class D, int ROWS>
-__attribute__((noinline)) static void few_rows(const D &decode, const Scales<D> &scales, const Row &row, int64_t from, int64_t to,
-                            const float *x, floats *total) {
-    floats sums[ROWS];
-    for (int m = 0; m < ROWS; m++) sums[m] = total[m];
-    for (int64_t block = from; block < to; block++) {
-        floats out[D::VECTORS];
-        decode(row, block, out);
-        scales.apply(block, out);
-        const float *xs = x + (block - from) * D::BLOCK;
+__attribute__((noinline)) static void few_rows(const D &decode, const Scales<D> &scales, const Row &row, int64_t from,
+                                               int64_t to, const float *x, int64_t pitch, floats *total) {
+    floats sums[ROWS]{};
+    if (D::HALVES <= 2 && !scales.w.zero && scales.grouping.kind != UNEVEN) {
+        constexpr int PARTS = ROWS < 3 && D::HALVES == 1 ? 2 : D::HALVES; // a single sum would wait for itself
+        for (int64_t block = from; block < to; block++, x += D::BLOCK) {
+            floats out[D::VECTORS], parts[ROWS][PARTS]{}, scale[D::HALVES], zero[D::HALVES];
+            decode(row, block, out);
+            scales.load(block, scale, zero);
 #pragma GCC unroll 8
-        for (int v = 0; v < D::VECTORS; v++)
+            for (int v = 0; v < D::VECTORS; v++)
 #pragma GCC unroll 8
-            for (int m = 0; m < ROWS; m++) sums[m] += out[v] * load(xs + m * CHUNK + v * LANES);
+                for (int m = 0; m < ROWS; m++)
+                    parts[m][D::HALVES == 2 ? D::half_of(v) : v % PARTS] += out[v] * load(x + m * pitch + v * LANES);
+#pragma GCC unroll 8
+            for (int m = 0; m < ROWS; m++) {
+                if (PARTS > D::HALVES) parts[m][0] += parts[m][PARTS - 1];
+#pragma GCC unroll 2
+                for (int h = 0; h < D::HALVES; h++) sums[m] += parts[m][h] * scale[h];
+            }
+        }
+    } else {
+        for (int64_t block = from; block < to; block++, x += D::BLOCK) {
+            floats out[D::VECTORS];
+            decode(row, block, out);
+            scales.apply(block, out);
+#pragma GCC unroll 8
+            for (int v = 0; v < D::VECTORS; v++)
+#pragma GCC unroll 8
+                for (int m = 0; m < ROWS; m++) sums[m] += out[v] * load(x + m * pitch + v * LANES);
+        }
     }
-    for (int m = 0; m < ROWS; m++) total[m] = sums[m];
+    for (int m = 0; m < ROWS; m++) total[m] += sums[m];
 }
 
 template <class D> static void few_piece(void *data, int64_t piece) {
     Product<D> &p = *static_cast<Product<D> *>(data);
     const D decode(p.tables);
     Scales<D> scales(p.w, p.grouping);
-    constexpr int64_t STEP = CHUNK / D::BLOCK;
-    floats *totals = new (std::nothrow) floats[STRIP * p.M]();
+    const int64_t step = p.step, pitch = step * D::BLOCK + PITCH - CHUNK;
+    const Room<floats> totals(STRIP * p.M);
     if (!totals) return void(p.failed = NO_MEMORY);
-    for (int64_t from = 0; from < p.blocks; from += STEP) {
-        const int64_t to = least(from + STEP, p.blocks);
-        const float *x = p.arranged + from / STEP * p.M * CHUNK;
+    std::memset(totals, 0, sizeof(floats) * (size_t)(STRIP * p.M));
+    for (int64_t from = 0; from < p.blocks; from += step) {
+        const int64_t to = least(from + step, p.blocks);
+        const float *x = p.arranged + from / step * p.M * pitch;
         for (int64_t n = p.first(piece); n < p.last(piece); n++) {
-            const Row row = row_of(p.w, n);
+            const Row row = part_of_row(p.w, n);
             scales.row(n);
             floats *total = totals + (n - p.first(piece)) * p.M;
             int64_t m = 0;
-            for (; m + 8 <= p.M; m += 8) few_rows<D, 8>(decode, scales, row, from, to, x + m * CHUNK, total + m);
-            for (; m + 4 <= p.M; m += 4) few_rows<D, 4>(decode, scales, row, from, to, x + m * CHUNK, total + m);
-            for (; m + 2 <= p.M; m += 2) few_rows<D, 2>(decode, scales, row, from, to, x + m * CHUNK, total + m);
-            for (; m < p.M; m++) few_rows<D, 1>(decode, scales, row, from, to, x + m * CHUNK, total + m);
+            for (; m + 4 <= p.M; m += 4) few_rows<D, 4>(decode, scales, row, from, to, x + m * pitch, pitch, total + m);
+            for (; m + 2 <= p.M; m += 2) few_rows<D, 2>(decode, scales, row, from, to, x + m * pitch, pitch, total + m);
+            for (; m < p.M; m++) few_rows<D, 1>(decode, scales, row, from, to, x + m * pitch, pitch, total + m);
         }
     }
     for (int64_t n = p.first(piece); n < p.last(piece); n++)
         for (int64_t m = 0; m < p.M; m++)
             p.y[m * p.y_stride + n] = sum(totals[(n - p.first(piece)) * p.M + m]) + (p.bias ? p.bias[n] : 0.0f);
-    delete[] totals;
 }
 
 template <class D> static void few(Product<D> &p, const Threads &threads) {
-    constexpr int64_t STEP = CHUNK / D::BLOCK;
-    p.arranged = new (std::nothrow) float[ceil_div(p.blocks, STEP) * p.M * CHUNK];
+    const int64_t step = p.step = least(p.blocks, 8 * CHUNK / D::BLOCK / least(p.M, 8)), pitch = step * D::BLOCK + PITCH - CHUNK;
+    p.arranged = Room<float>(ceil_div(p.blocks, step) * p.M * pitch);
     if (!p.arranged) return void(p.failed = NO_MEMORY);
-    for (int64_t from = 0; from < p.blocks; from += STEP)
+    for (int64_t from = 0; from < p.blocks; from += step)
         for (int64_t m = 0; m < p.M; m++)
-            arrange<D>(p.x + m * p.x_stride, p.w.cols, from, least(from + STEP, p.blocks),
-                       p.arranged + (from / STEP * p.M + m) * CHUNK, 1);
+            arrange<D>(p.x + m * p.x_stride, p.w.cols, from, least(from + step, p.blocks),
+                       p.arranged + (from / step * p.M + m) * pitch, 1);
     threads.run(threads.host, p.pieces(), few_piece<D>, &p);
 }
 
@@ -280,7 +299,7 @@ static FXQ_INLINE void corner(const float *w, const float *x, int64_t count, flo
 #pragma GCC unroll 24
         for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++) acc[i][v] += all(w[i * CHUNK + k]) * b[v];
+            for (int v = 0; v < VECTORS; v++) acc[i][v] += all(w[i * PITCH + k]) * b[v];
     }
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS; i++)
@@ -295,29 +314,29 @@ template <class D> static void many_piece(void *data, int64_t piece) {
     constexpr int64_t STEP = CHUNK / D::BLOCK;
     const int64_t panels = ceil_div(p.M, p.width), stride = panels * p.width;
     const int64_t count = p.last(piece) - p.first(piece), high = ceil_div(count, 2 * HIGH) * 2 * HIGH;
-    float *decoded = new (std::nothrow) float[STRIP * CHUNK + STRIP * stride];
+    const Room<float> decoded(STRIP * PITCH + STRIP * stride);
     if (!decoded) return void(p.failed = NO_MEMORY);
-    float *sums = decoded + STRIP * CHUNK;
-    std::memset(decoded, 0, sizeof(float) * (size_t)(STRIP * CHUNK + STRIP * stride));
+    float *sums = decoded + STRIP * PITCH;
+    std::memset(decoded, 0, sizeof(float) * (size_t)(STRIP * PITCH + STRIP * stride));
     for (int64_t from = 0; from < p.blocks; from += STEP) {
         const int64_t to = least(from + STEP, p.blocks), columns = (to - from) * D::BLOCK;
         for (int64_t i = 0; i < count; i++) {
-            const Row row = row_of(p.w, p.first(piece) + i);
+            const Row row = part_of_row(p.w, p.first(piece) + i);
             scales.row(p.first(piece) + i);
             for (int64_t block = from; block < to; block++) {
                 floats out[D::VECTORS];
                 decode(row, block, out);
                 scales.apply(block, out);
                 for (int v = 0; v < D::VECTORS; v++)
-                    store(decoded + i * CHUNK + (block - from) * D::BLOCK + v * LANES, out[v]);
+                    store(decoded + i * PITCH + (block - from) * D::BLOCK + v * LANES, out[v]);
             }
         }
         for (int64_t panel = 0; panel < panels; panel++) {
             const float *x = p.arranged + (from / STEP * panels + panel) * CHUNK * p.width;
             for (int64_t i = 0; i < high; i += p.width == LANES ? 2 * HIGH : HIGH) {
                 float *to_sums = sums + i * stride + panel * p.width;
-                if (p.width == LANES) corner<2 * HIGH, 1>(decoded + i * CHUNK, x, columns, to_sums, stride);
-                else corner<HIGH, 2>(decoded + i * CHUNK, x, columns, to_sums, stride);
+                if (p.width == LANES) corner<2 * HIGH, 1>(decoded + i * PITCH, x, columns, to_sums, stride);
+                else corner<HIGH, 2>(decoded + i * PITCH, x, columns, to_sums, stride);
             }
         }
     }
@@ -326,7 +345,6 @@ template <class D> static void many_piece(void *data, int64_t piece) {
             const int64_t n = p.first(piece) + i;
             p.y[m * p.y_stride + n] = sums[i * stride + m] + (p.bias ? p.bias[n] : 0.0f);
         }
-    delete[] decoded;
 }
 
 template <class D> static void panel_piece(void *data, int64_t piece) { // a panel of x for a chunk of columns
@@ -346,7 +364,7 @@ template <class D> static void panel_piece(void *data, int64_t piece) { // a pan
 template <class D> static void many(Product<D> &p, const Threads &threads) {
     p.width = p.M <= LANES ? LANES : 2 * LANES;
     const int64_t chunks = ceil_div(p.blocks, CHUNK / D::BLOCK), panels = ceil_div(p.M, p.width);
-    p.arranged = new (std::nothrow) float[chunks * panels * CHUNK * p.width];
+    p.arranged = Room<float>(chunks * panels * CHUNK * p.width);
     if (!p.arranged) return void(p.failed = NO_MEMORY);
     threads.run(threads.host, chunks * panels, panel_piece<D>, &p);
     threads.run(threads.host, p.pieces(), many_piece<D>, &p);

@@ -71,7 +71,7 @@ template <int BITS, int DIGITS> struct Rounded {
         const int64_t blocks = ceil_div(cols, BLOCK);
         for (int64_t b = 0; b < blocks; b++) {
             Block &block = to[b];
-            alignas(64) int8_t natural[2][128];
+            alignas(64) int8_t natural[2][128]{};
             for (int part = 0; part < BLOCK / 16; part++) {
                 const int64_t k = b * BLOCK + part * 16, left = cols - k;
                 const __mmask16 mask = left >= 16 ? 0xFFFF : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
@@ -97,18 +97,25 @@ template <int BITS, int DIGITS> struct Rounded {
                 for (int i = 0; i < 16 * LANES / BLOCK; i++) // lanes of these 16 columns
                     block.scale[part * (16 * LANES / BLOCK) + i] = tops[i * (BLOCK / LANES)] / most;
             }
-            for (int l = 0; l < LANES; l++) block.lanes[l] = 0;
+            floats lanes{};
             for (int d = 0; d < DIGITS; d++) {
-                int32_t sums[LANES]{};
-                for (int p = 0; p < BLOCK; p++) {
-                    block.q[d][p % V][p / V] = natural[d][p];
-                    sums[p * LANES / BLOCK] += natural[d][p];
+                __m512i q[2] = {_mm512_load_si512(natural[d]), _mm512_load_si512(natural[d] + 64)};
+                if (V == 2) { // even columns, odd columns
+                    const __m512i n[2] = {q[0], q[1]};
+                    for (int odd = 0; odd < 2; odd++)
+                        q[odd] = _mm512_inserti64x4(
+                            _mm512_castsi256_si512(_mm512_cvtepi16_epi8(_mm512_srli_epi16(n[0], 8 * odd))),
+                            _mm512_cvtepi16_epi8(_mm512_srli_epi16(n[1], 8 * odd)), 1);
                 }
-                for (int l = 0; l < LANES; l++) {
-                    block.shift[d][l] = -offset * sums[l];
-                    block.lanes[l] = block.lanes[l] * 256 + (float)sums[l];
+                __m512i sums = _mm512_setzero_si512();
+                for (int i = 0; i < V; i++) {
+                    _mm512_store_si512(block.q[d][i], q[i]);
+                    sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), q[i]);
                 }
+                _mm512_store_si512(block.shift[d], _mm512_mullo_epi32(sums, _mm512_set1_epi32(-offset)));
+                lanes = lanes * 256 + (floats)_mm512_cvtepi32_ps(sums);
             }
+            store(block.lanes, lanes);
         }
         for (int64_t b = 0; !finite && b < blocks; b++)
             for (int l = 0; l < LANES; l++) to[b].scale[l] = __builtin_nanf("");
@@ -118,7 +125,7 @@ template <int BITS, int DIGITS> struct Rounded {
 template <int BITS, int DIGITS> struct RoundedProduct : Product<Lanes<BITS>> {
     using Product<Lanes<BITS>>::Product;
     const Wholes *wholes = nullptr;
-    typename Rounded<BITS, DIGITS>::Block *x = nullptr; // [M][blocks]
+    Room<typename Rounded<BITS, DIGITS>::Block> x; // [M][blocks]
 };
 
 // ROWS rows of x against row n of W; BYTES: of a whole number.
@@ -184,14 +191,13 @@ static const char *multiply_rounded(const Weight &w, const Wholes &wholes, const
     const Tables tables(w.values, BITS);
     RoundedProduct<BITS, DIGITS> p(w, tables, x, M, x_stride, bias, y, y_stride);
     p.wholes = &wholes;
-    p.x = new (std::nothrow) Block[M * p.blocks];
+    p.x = Room<Block>(M * p.blocks);
     if (!p.x) return NO_MEMORY;
     for (int64_t m = 0; m < M; m++)
         Rounded<BITS, DIGITS>::make(x + m * x_stride, w.cols, wholes.offset, p.x + m * p.blocks);
     const auto one = w.zero ? rounded_piece<BITS, DIGITS, 1, true> : rounded_piece<BITS, DIGITS, 1, false>;
     const auto two = w.zero ? rounded_piece<BITS, DIGITS, 2, true> : rounded_piece<BITS, DIGITS, 2, false>;
     threads.run(threads.host, p.pieces(), wholes.bytes == 1 ? one : two, &p);
-    delete[] p.x;
     return nullptr;
 }
 

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -57,6 +58,25 @@ static inline float half_to_float(uint16_t h) {
     std::memcpy(&value, &bits, sizeof value);
     return h & 0x8000 ? -(value - less) : value - less;
 }
+
+// Numbers that begin at a cache line: a vector across two lines takes two loads. Not initialized; null where memory ran out.
+template <class T> class Room {
+  public:
+    explicit Room(int64_t count = 0)
+        : begin(count ? static_cast<T *>(::operator new((size_t)count * sizeof(T), LINE, std::nothrow)) : nullptr) {}
+    Room(Room &&other) noexcept : begin(other.begin) { other.begin = nullptr; }
+    Room &operator=(Room &&other) noexcept {
+        T *mine = begin;
+        begin = other.begin, other.begin = mine;
+        return *this;
+    }
+    ~Room() { ::operator delete(begin, LINE); }
+    operator T *() const { return begin; }
+
+  private:
+    static constexpr std::align_val_t LINE{64};
+    T *begin;
+};
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

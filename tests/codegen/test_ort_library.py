@@ -1,8 +1,9 @@
-"""The operators' library in onnxruntime: gives what the file's own functions and the reference give; errors are statuses."""
+"""The operators' library in onnxruntime: what the file's functions and the reference give; a status for bad input."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,10 @@ import torch
 from ort_models import attributes, function, model, run, run_session, session, weight, weight_inputs
 from torch import Tensor
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import fxquant
-from fxquant import ops
+from fxquant import cli, ops
 from fxquant.codegen import cpu_library, ort_formats, ort_library
 from fxquant.errors import KernelError
 from fxquant.qtensor import QuantizedTensor
@@ -428,3 +430,14 @@ def test_a_session_goes_without_the_library_where_there_is_none(
     assert near(models.run_session(loaded, x), x["x"].double() @ values(q).T)
     with pytest.raises(KernelError, match="no C"):
         fxquant.onnx_session(tmp_path / "m.onnx", library=True)
+
+
+def test_the_command_line_says_what_there_is(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = CliRunner().invoke(cli.app, ["kernels", "--cpu"])
+    assert said.exit_code == 0
+    assert library in said.stdout
+    assert "passed in onnxruntime" in said.stdout
+    monkeypatch.setattr(ort_library, "custom_ops_library", lambda: (_ for _ in ()).throw(KernelError("it has gone")))
+    shown = json.loads(CliRunner().invoke(cli.app, ["kernels", "--cpu", "--json"]).stdout)
+    assert shown["library"] == "it has gone"
+    assert "trial" not in shown
