@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 
-UNITS = ("exact", "rounded", "library", "ort")
+UNITS = ("exact", "rounded", "encode", "library", "ort")
 """What is compiled by itself; products are the first two."""
 
 
