@@ -117,7 +117,7 @@ def trial(format: Format) -> Tensor:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 def pack_planar(codes: Tensor, bits: int) -> Tensor:
     """``packing.pack_planar`` for CPU tensors."""
-    if codes.numel() and (kernels := cpu.at_hand(codes.numel())):
+    if codes.numel() and (kernels := cpu.at_hand(codes.numel())) and packs(bits):
         packed, fits = packed_codes(kernels, codes, bits)
         if fits:
             return packed
@@ -138,7 +138,7 @@ def packed_codes(kernels: Library, codes: Tensor, bits: int) -> tuple[Tensor, bo
 def unpack_planar(packed: Tensor, bits: int, cols: int) -> Tensor:
     """``packing.unpack_planar`` for CPU tensors."""
     kernels = cpu.at_hand(len(packed) * cols)
-    if kernels is None or not packed.numel():
+    if kernels is None or not packed.numel() or not packs(bits):
         return packing.unpack_planar(packed, bits, cols)
     return unpacked_codes(kernels, packed, bits, cols)
 
@@ -153,6 +153,18 @@ def unpacked_codes(kernels: Library, packed: Tensor, bits: int, cols: int) -> Te
     return codes
 
 
+@cache
+def packs(bits: int) -> bool:
+    """Whether the kernels pack and unpack codes of so many bits as the reference does on this machine."""
+    kernels, codes = cpu.available(), (torch.arange(3 * 333).reshape(3, 333) * 37 % 2**bits).to(torch.uint8)
+    if kernels is None:
+        return False
+    packed, _ = packed_codes(kernels, codes, bits)
+    return torch.equal(packed, packing.pack_planar(codes, bits)) and torch.equal(
+        unpacked_codes(kernels, packed, bits, 333), codes
+    )
+
+
 # --- activations ------------------------------------------------------------------------------------------------------
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, tensor_scale: Tensor | None = None,
@@ -160,8 +172,9 @@ def fake_quantize(
 ) -> Tensor:  # fmt: skip
     """``ops.fake_quantize`` for CPU tensors."""
     plain = zero_point is None and tensor_scale is None and exponent_bias is None and scale.dtype == torch.float32
-    if plain and (kernels := cpu.at_hand(x.numel())):
-        y = rounded(kernels, x, scale.contiguous(), parse_spec(spec))
+    parsed = parse_spec(spec)
+    if plain and (kernels := cpu.at_hand(x.numel())) and rounds(parsed.format):
+        y = rounded(kernels, x, scale.contiguous(), parsed)
         if y is not None:
             return y
     return ops.fake_quantize(x, scale, zero_point, spec, tensor_scale, exponent_bias, shifted)
@@ -169,8 +182,9 @@ def fake_quantize(
 
 def fake_quantize_dynamic(x: Tensor, spec: str, exponent_bias: Tensor | None = None, shifted: bool = False) -> Tensor:
     """``ops.fake_quantize_dynamic`` for CPU tensors."""
-    if exponent_bias is None and (kernels := cpu.at_hand(x.numel())):
-        y = rounded(kernels, x, None, parse_spec(spec))
+    parsed = parse_spec(spec)
+    if exponent_bias is None and (kernels := cpu.at_hand(x.numel())) and rounds(parsed.format):
+        y = rounded(kernels, x, None, parsed)
         if y is not None:
             return y
     return ops.fake_quantize_dynamic(x, spec, exponent_bias, shifted)
@@ -196,6 +210,18 @@ def rounded(kernels: Library, x: Tensor, scale: Tensor | None, spec: QuantSpec) 
     )
     finite = kernels.round(ctypes.addressof(every), parallel(), threads(_WORK * x.numel()))
     return y.reshape(x.shape) if finite else None
+
+
+@cache
+def rounds(format: Format) -> bool:
+    """Whether the kernels round to a format, and as its reference does on this machine."""
+    kernels = cpu.available()
+    if kernels is None or grid(format) is None:
+        return False
+    x, spec = trial(format), parse_spec(f"{format}/tensor")
+    x, scale = x[x.isfinite()].reshape(1, -1), torch.ones(1, 1)
+    y = rounded(kernels, x, scale, spec)
+    return y is not None and torch.equal(y, ops.fake_quantize(x, scale, None, str(spec)))
 
 
 def grid(format: Format) -> tuple[int, int, float] | None:
