@@ -36,8 +36,8 @@ GROUP_OF = {
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
     "allocation": "pipeline", "kernels": "pipeline",
-    "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top",
-    "cli": "top", "cli_measure": "top", "cli_kernels": "top", "cli_options": "top", "demo": "top",
+    "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
+    "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 
