@@ -1,6 +1,6 @@
 """Quantize and pack a 4096x4096 fp32 matrix: fxquant beside torchao's private primitives, in turn, in one process.
 
-Then the single steps by the CPU kernels, each beside a copy of as many bytes as it reads and writes: half as many, copied.
+Then the single steps by the CPU kernels, each beside a copy of as many bytes as it reads and writes.
 torchao is not a dependency: `pip install --no-deps torchao==0.18.0` first; without it only our times are printed.
 """
 

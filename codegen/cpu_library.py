@@ -141,7 +141,7 @@ def _file(isa: InstructionSet, with_: Compiler) -> str:
 
 @cache
 def made() -> bool:
-    """Whether the library was there, in the installation or the cache, when this was first asked: no need to compile."""
+    """Whether the library was there, in the installation or the cache, when this was first asked."""
     isa = instruction_sets()[0]
     if (cpu_build.NATIVE / cpu_build.file_name(isa)).exists():
         return True
