@@ -118,7 +118,7 @@ def at_hand(values: int) -> Library | None:
 
     For steps that take torch a second or less, which a compiler's half a minute would never pay for.
     """
-    if _REFERENCE.get() or not (available.cache_info().currsize or (values >= LARGE and cpu_library.in_cache())):
+    if _REFERENCE.get() or not (available.cache_info().currsize or (values >= LARGE and cpu_library.made())):
         return None
     return available()
 

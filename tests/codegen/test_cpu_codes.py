@@ -269,14 +269,14 @@ def test_no_compiler_is_started_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(400, 400)
     want = quantize_tensor(x, "e3m2/channel")
     monkeypatch.setattr(cpu, "library", never)
-    monkeypatch.setattr(cpu_library, "in_cache", lambda: False)
+    monkeypatch.setattr(cpu_library, "made", lambda: False)
     cpu.available.cache_clear()
     try:
         assert cpu.at_hand(10**9) is None
         assert_same(quantize_tensor(x, "e3m2/channel"), want)
         ops.operators.fake_quantize_dynamic(x, "e4m3/token")
         assert not cpu.available.cache_info().currsize
-        monkeypatch.setattr(cpu_library, "in_cache", lambda: True)
+        monkeypatch.setattr(cpu_library, "made", lambda: True)
         assert cpu.at_hand(bulk.LARGE - 1) is None
     finally:
         cpu.available.cache_clear()
@@ -284,9 +284,9 @@ def test_no_compiler_is_started_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_in_the_cache_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_library.library() is not None
-    cpu_library.in_cache.cache_clear()
+    cpu_library.made.cache_clear()
     cpu.available.cache_clear()
-    assert cpu_library.in_cache()
+    assert cpu_library.made()
     assert cpu.at_hand(bulk.LARGE) is not None
     assert cpu.at_hand(1) is not None  # it is loaded now
     with cpu.reference_only():
@@ -296,12 +296,12 @@ def test_what_is_in_the_cache_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None
 def test_without_a_compiler_nothing_is_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    for memory in (cpu_library.in_cache, cpu_library.compiler):
+    for memory in (cpu_library.made, cpu_library.compiler):
         memory.cache_clear()
     try:
-        assert not cpu_library.in_cache()
+        assert not cpu_library.made()
     finally:
-        for memory in (cpu_library.in_cache, cpu_library.compiler):
+        for memory in (cpu_library.made, cpu_library.compiler):
             memory.cache_clear()
 
 
