@@ -5,13 +5,12 @@
 
 The library is the file of ``cpu_library``, one for both hosts. Before its path is handed out, a process of its own
 loads it in the onnxruntime that is installed and runs one node: what could take a program down is found out elsewhere.
-What passed is remembered in the cache, for that file, that onnxruntime and this machine.
+What passed is remembered in the cache, for that file, that onnxruntime and CPUs such as this.
 """
 
 from __future__ import annotations
 
 import hashlib
-import platform
 import subprocess
 import sys
 import warnings
@@ -24,7 +23,7 @@ import torch
 
 from fxquant import cache as private
 from fxquant import ops
-from fxquant.codegen import cpu_library
+from fxquant.codegen import cpu_build, cpu_library
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, op_type
 from fxquant.errors import CacheError, FxquantError, KernelError
 from fxquant.packing import pack, planar
@@ -80,7 +79,7 @@ def report() -> dict[str, str]:
 
     found = {"instruction sets": ", ".join(one.name for one in cpu_library.instruction_sets())}
     try:
-        found["compiler"] = cpu_library.compiler().version
+        found["compiler"] = cpu_build.compiler().version
     except FxquantError as error:
         found["compiler"] = str(error)
     try:
@@ -96,7 +95,8 @@ def _check(path: Path) -> None:
     """Try the library, unless it is known to have passed. Raises KernelError."""
     import onnxruntime
 
-    about = [path.read_bytes(), onnxruntime.__version__.encode(), platform.processor().encode()]
+    sets = ",".join(one.name for one in cpu_library.instruction_sets())
+    about = [path.read_bytes(), onnxruntime.__version__.encode(), sets.encode()]
     name = f"tried_{hashlib.sha256(b''.join(about)).hexdigest()[:16]}"
     try:
         if private.read_bytes(name) is not None:
@@ -113,10 +113,11 @@ def _check(path: Path) -> None:
 def trial(path: Path) -> str | None:
     """Why the library does not do in onnxruntime, None where one node gives exactly what the reference gives."""
     model, x, want = _example()
-    done = subprocess.run(
-        [sys.executable, "-c", _TRIAL, str(path), str(_TOKENS), str(_COLS)],
-        input=x.tobytes() + model, capture_output=True, timeout=_SECONDS, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-P", "-c", _TRIAL, str(path), str(_TOKENS), str(_COLS), *sys.path]
+    try:
+        done = subprocess.run(command, input=x.tobytes() + model, capture_output=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"it could not be tried: {error}"
     if done.returncode < 0:
         return f"the process was killed by signal {-done.returncode}"
     if done.returncode:
@@ -128,6 +129,7 @@ def trial(path: Path) -> str | None:
 
 _TRIAL = """
 import sys
+sys.path[:] = sys.argv[4:]
 import numpy as np
 import onnxruntime
 library, tokens, cols = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -234,12 +234,14 @@ struct Shape {
     int64_t dims[RANK + 1];
     const char *names[RANK + 1]; // of symbolic sizes, which are -1; else empty
     size_t rank;
+    Type type;
 };
 
 // The shape of an input; false where it is not known.
 bool known(const ort::Api &api, ort::ShapeContext *context, size_t i, Shape &shape) {
     ort::TensorInfo *info = nullptr; // the context's own
     if (ignored(api, api.ShapeInferContext_GetInputTypeShape(context, i, &info)) || !info) return false;
+    if (ignored(api, api.GetTensorElementType(info, &shape.type))) return false;
     if (ignored(api, api.GetDimensionsCount(info, &shape.rank)) || shape.rank == 0 || shape.rank > RANK) return false;
     return !ignored(api, api.GetDimensions(info, shape.dims, shape.rank)) &&
            !ignored(api, api.GetSymbolicDimensions(info, shape.names, shape.rank));
@@ -252,6 +254,7 @@ bool attribute(const ort::Api &api, ort::ShapeContext *context, const char *name
     if (ignored(api, api.ShapeInferContext_GetAttribute(context, name, &found)) || !found) return false;
     if (ignored(api, api.ReadOpAttr(found, type, shape.dims, RANK * sizeof(int64_t), &size))) return false;
     shape.rank = size / sizeof(int64_t);
+    shape.type = Type::FLOAT;
     std::fill_n(shape.names, shape.rank, "");
     return true;
 }
@@ -264,6 +267,7 @@ bool infer(const Operator &op, ort::ShapeContext *context, Shape &shape) {
     if (op.kind == Kind::DYNAMIC || op.kind == Kind::STATIC) return true;
     size_t last = op.kind == Kind::EMBEDDING ? shape.rank++ : shape.rank - 1;
     if (op.kind == Kind::EMBEDDING) {
+        shape.type = Type::FLOAT;
         if (!attribute(api, context, "cols", ort::Attribute::INT, other)) return false;
     } else if (!known(api, context, op.packed(), other)) {
         return false;
@@ -272,7 +276,8 @@ bool infer(const Operator &op, ort::ShapeContext *context, Shape &shape) {
     return true;
 }
 
-// Tells the runtime the shape of the output where all of it is known or has a name; says nothing otherwise.
+// Tells the runtime the shape of the output where all of it is known or has a name; says nothing otherwise. Of operators
+// of one name, which differ in types, the runtime asks the first for all of them.
 Status *infer_shape(const ort::CustomOp *custom, ort::ShapeContext *context) {
     const Operator &op = *static_cast<const Operator *>(custom);
     const ort::Api &api = *op.api;
@@ -282,7 +287,7 @@ Status *infer_shape(const ort::CustomOp *custom, ort::ShapeContext *context) {
         if (shape.dims[i] < 0 && !*shape.names[i]) return nullptr;
     ort::TensorInfo *info = nullptr;
     if (ignored(api, api.CreateTensorTypeAndShapeInfo(&info))) return nullptr;
-    if (!ignored(api, api.SetTensorElementType(info, op.output())) &&
+    if (!ignored(api, api.SetTensorElementType(info, shape.type)) &&
         !ignored(api, api.SetDimensions(info, shape.dims, shape.rank)) &&
         !ignored(api, api.SetSymbolicDimensions(info, shape.names, shape.rank)))
         ignored(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, info));

@@ -6,13 +6,14 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from fxquant import ops, packing
-from fxquant.codegen import cpu, cpu_library, cpu_source, remember
+from fxquant.codegen import cpu, cpu_build, cpu_library, remember
 from fxquant.codegen.ort_formats import FORMATS
 from fxquant.codegen.prepack import Operands
 from fxquant.errors import InputError, KernelError
@@ -277,7 +278,26 @@ def test_an_instruction_set_that_is_not_here_is_named() -> None:
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_named() -> None:
-    broken = cpu_source.sources() | {"gemm.h": "#error no"}
+def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = cpu_build.sources() | {"gemm.h": "#error no"}
+    monkeypatch.setattr(cpu_build, "sources", lambda: broken)
     with pytest.raises(KernelError, match=r"does not compile the CPU kernels: (?s:.*)error"):
-        cpu_library.compiled(cpu_library.compiler(), ("-std=c++17",), broken)
+        cpu_build.compiled(cpu_build.compiler(), cpu_build.PORTABLE)
+
+
+@needs_compiler
+def test_what_was_installed_is_taken_if_it_is_of_these_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its name says so; one that cannot be loaded, or of other sources, is not."""
+    built, isa = cpu_library.library(), cpu_library.instruction_sets()[0]
+    monkeypatch.setattr(cpu_build, "NATIVE", tmp_path)
+    installed = tmp_path / cpu_build.file_name(isa)
+    try:
+        for content, path in ((b"no library", built.path), (built.path.read_bytes(), installed)):
+            installed.write_bytes(content)
+            cpu_library.library.cache_clear()
+            assert cpu_library.library().path == path
+        cpu_library.library.cache_clear()
+        monkeypatch.setattr(cpu_build, "FLAGS", (*cpu_build.FLAGS, "-O1"))
+        assert cpu_build.file_name(isa) != installed.name
+    finally:
+        cpu_library.library.cache_clear()

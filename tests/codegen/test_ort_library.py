@@ -201,6 +201,17 @@ def test_one_file_with_and_without_the_library(config: Any, library: str, tmp_pa
     assert near(found[0], q(ids).double(), 1e-5)
 
 
+def test_a_file_in_half_precision(library: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (2, 7))
+    q = fxquant.compile(Net().eval().half(), (ids,), config="W6A16-E3M2")
+    q.export_onnx(tmp_path / "m.onnx")
+    loaded = fxquant.onnx_session(tmp_path / "m.onnx", library=True)
+    found = torch.from_numpy(loaded.run(None, {loaded.get_inputs()[0].name: ids.numpy()})[0])
+    assert found.dtype == torch.float16
+    assert near(found, q(ids).double(), 2e-3)
+
+
 @pytest.mark.parametrize("M", [1, 5, 33])
 def test_bits_do_not_depend_on_threads(M: int, library: str) -> None:
     q, x = weight("e3m2/group64", 2000, 512), {"x": normal(M, 512)}
@@ -246,15 +257,26 @@ print(y.shape, "torch" in sys.modules)
 def test_shapes_are_known_before_there_are_data(library: str) -> None:
     q = weight("e3m2/group64", 24, 128)
     x, indices = {"x": normal(2, 3, 128)}, {"indices": torch.zeros(2, 3, dtype=torch.int64)}
-    for op, inputs, more, last in [
-        ("Linear", x, {}, 24), ("Embedding", indices, {}, 128), ("Dequantize", {}, {"weight_shape": [24, 2, 64]}, 64),
+    halves = {"x": x["x"].half()}
+    for op, inputs, more, last, dtype in [
+        ("Linear", x, {}, 24, torch.float32), ("Linear", halves, {}, 24, torch.float16),
+        ("Embedding", indices, {}, 128, torch.float32),
+        ("Dequantize", {}, {"weight_shape": [24, 2, 64]}, 64, torch.float32),
     ]:  # fmt: skip
-        made = model(f"{op}_e3m2", inputs, weight_inputs(q), **attributes(q), **more)
+        made = model(f"{op}_e3m2", inputs, weight_inputs(q, half=True), y=dtype, **attributes(q), **more)
         for value in made.graph.input:
             for i, dim in enumerate(value.type.tensor_type.shape.dim):
                 dim.dim_param = f"size{i}"
         shape = session(made, library).get_outputs()[0].shape
         assert shape == ([24, 2, 64] if op == "Dequantize" else ["size0", "size1", last])
+    for dtype in models.KINDS:
+        if dtype.is_floating_point and dtype != torch.float64:
+            rounded = model(
+                "FakeQuantize_e4m3", {"x": torch.zeros(2, 5, dtype=dtype)}, {"scale": torch.ones(1)}, y=dtype
+            )
+            rounded.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "n"
+            rounded.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 5
+            assert session(rounded, library).get_outputs()[0].shape == ["n", 5]
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -407,6 +429,11 @@ def test_a_library_that_fails_its_trial(source: str, why: str, tmp_path: Path, m
     with pytest.raises(KernelError, match=why) as error:
         fxquant.custom_ops_library()
     assert "The file runs without the library too" in str(error.value)
+
+
+def test_no_process_to_try_it_in(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert str(ort_library.trial(Path(library))).startswith("it could not be tried: ")
 
 
 def test_wrong_numbers_are_found(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
