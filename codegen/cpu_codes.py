@@ -2,6 +2,7 @@
 
 What importing this registers for CPU tensors; the results are those of the reference bodies, bit for bit::
 
+    extremes(x, high, wide)           blocks of one row, x in float32
     encode(x, scale, ...)             floats with a whole exponent bias, integers; x float32, float16, bfloat16
     pack_planar, unpack_planar        every number of bits
     fake_quantize(x, scale)           the same formats, signed; scales in fp32, one for each row, group or for all
@@ -29,6 +30,25 @@ from fxquant.scheme import QuantSpec, parse_spec
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WORK = 8
 """Products that one value is worth, when threads are counted."""
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+def extremes(matrix: Tensor, high: int, wide: int) -> scales.Ranges:
+    """``scales.block_extremes`` for CPU tensors."""
+    kernels = cpu.at_hand(matrix.numel())
+    if kernels is None or matrix.dtype != torch.float32 or high != 1 or not matrix.numel() or matrix.stride(1) != 1:
+        return scales.block_extremes(matrix, high, wide)
+    return ranges_of(kernels, matrix, wide)
+
+
+def ranges_of(kernels: Library, x: Tensor, wide: int) -> scales.Ranges:
+    """The least and the largest of every ``wide`` columns of x float32 ``[rows, cols]``."""
+    low, most = (torch.empty(len(x), -(-x.shape[1] // wide)) for _ in "ab")
+    kernels.extremes(
+        x.data_ptr(), *x.shape, x.stride(0), wide, low.data_ptr(), most.data_ptr(), parallel(),
+        threads(_WORK * x.numel()),
+    )  # fmt: skip
+    return low, most
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
@@ -235,5 +255,5 @@ def grid(format: Format) -> tuple[int, int, float] | None:
 
 
 _library = torch.library.Library(NAMESPACE, "IMPL")
-for _body in (encode, pack_planar, unpack_planar, fake_quantize, fake_quantize_dynamic):
+for _body in (extremes, encode, pack_planar, unpack_planar, fake_quantize, fake_quantize_dynamic):
     _library.impl(_body.__name__, _body, "CPU")

@@ -106,6 +106,7 @@ class Library:
     path: Path
     linear: ctypes._NamedFuncPointer
     rows: ctypes._NamedFuncPointer
+    extremes: ctypes._NamedFuncPointer
     encode: ctypes._NamedFuncPointer
     pack: ctypes._NamedFuncPointer
     unpack: ctypes._NamedFuncPointer
@@ -163,10 +164,12 @@ def _loaded(isa: InstructionSet, path: Path) -> Library:
     rows.argtypes = [pointer, pointer, size, pointer, pointer, size]
     encode, pack, unpack, round_ = found.fxquant_encode, found.fxquant_pack, found.fxquant_unpack, found.fxquant_round
     encode.restype, pack.restype, unpack.restype, round_.restype = None, count, None, count
+    extremes = found.fxquant_extremes
+    extremes.restype, extremes.argtypes = None, [pointer, *[size] * 4, pointer, pointer, pointer, size]
     encode.argtypes = [pointer, pointer, pointer, pointer, size]
     pack.argtypes = unpack.argtypes = [pointer, size, size, size, count, pointer, pointer, size]
     round_.argtypes = [pointer, pointer, size]
-    return Library(isa, path, linear, rows, encode, pack, unpack, round_)
+    return Library(isa, path, linear, rows, extremes, encode, pack, unpack, round_)
 
 
 @cache

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 NAMESPACE = "fxquant"
 LARGE = 1 << 16
@@ -20,7 +19,7 @@ LARGE = 1 << 16
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def define(name: str, schema: str, body: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+def define(name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """The operator ``fxquant::<name>`` with its reference body, and one that gives the shape of its result alone."""
     _library.define(name + schema)
     _library.impl(name, body, "CompositeExplicitAutograd")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxquant import store
-from fxquant.codegen import cpu, cpu_codes, launch  # noqa: F401  they register what operators run on a CPU and on a GPU
+from fxquant.codegen import cpu, cpu_codes, launch  # noqa: F401  what operators run on a CPU and on a GPU
 from fxquant.codegen.bind import bound
 from fxquant.codegen.fuse import fused
 from fxquant.config import Config

@@ -320,8 +320,23 @@ def spread(scale: Tensor, block: Block, shape: tuple[int, ...] | torch.Size) -> 
 
 def extremes(matrix: Tensor, block: Block) -> Ranges:
     """Minimum and maximum of every block, float32 or float64; NaN where a block holds one."""
-    x = matrix if matrix.dtype == torch.float64 else matrix.float()
+    if matrix.numel() < bulk.LARGE:
+        return block_extremes(matrix, *block)
+    return _EXTREMES(matrix, *block)  # type: ignore[no-any-return]
+
+
+def block_extremes(matrix: Tensor, high: int, wide: int) -> Ranges:
+    """The reference of ``fxquant::extremes``, which is ``extremes`` for many values."""
+    block, x = (high, wide), matrix if matrix.dtype == torch.float64 else matrix.float()
     return block_reduce(x, block, "min"), block_reduce(x, block, "max")
+
+
+_EXTREMES = bulk.define(
+    "extremes",
+    "(Tensor matrix, int high, int wide) -> (Tensor, Tensor)",
+    block_extremes,
+    lambda x, high, wide: tuple(x.new_empty(-(-x.shape[0] // high), -(-x.shape[1] // wide)) for _ in "ab"),
+)
 
 
 def _rms(matrix: Tensor, block: Block) -> Tensor:

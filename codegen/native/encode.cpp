@@ -26,6 +26,32 @@ template <class What> static void by_rows(int64_t rows, int64_t cols, const Thre
     threads.run(threads.host, ceil_div(rows, some.at_once), piece, &some);
 }
 
+// --- ranges -------------------------------------------------------------------------------------------------------------
+// Bits as integers in the order of floats, NaN outside of the infinities; and back.
+static inline int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }
+
+static void range(const float *x, int64_t count, float *least, float *most) {
+    int32_t low = 0x7FFFFFFF, high = -0x7FFFFFFF - 1;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t key = ordered((int32_t)bits_of(x[i]));
+        low = key < low ? key : low;
+        high = key > high ? key : high;
+    }
+    bool numbers = low >= ordered((int32_t)0xFF800000) && high <= 0x7F800000;
+    *least = of_bits(numbers ? (uint32_t)ordered(low) : 0x7FC00000);
+    *most = of_bits(numbers ? (uint32_t)ordered(high) : 0x7FC00000);
+}
+
+void extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *low, float *high,
+              const Threads &threads) {
+    by_rows(rows, cols, threads, [&](int64_t first, int64_t last) {
+        int64_t to = first * ceil_div(cols, group);
+        for (int64_t row = first; row < last; row++)
+            for (int64_t at = 0; at < cols; at += group, to++)
+                range(x + row * stride + at, least(group, cols - at), low + to, high + to);
+    });
+}
+
 // --- encode -----------------------------------------------------------------------------------------------------------
 static inline int32_t signed_bits(float value) { return (int32_t)bits_of(value); }
 
@@ -77,9 +103,11 @@ struct Spread {
             for (int i = 0; i < BLOCK; i++) scale[i] = own, zero[i] = offset;
             return;
         }
-        for (int64_t i = 0, g = begin, left = (begin + 1) * m.scale.group - first; i < BLOCK; i++, left--) {
-            if (left == 0) left = m.scale.group, g = g < end ? g + 1 : end;
-            scale[i] = scales[g], zero[i] = zeros ? zeros[g] : 0.0f;
+        int64_t left = (begin + 1) * m.scale.group - first, i = 0;
+        for (int64_t g = begin; i < BLOCK; g++, left = m.scale.group) {
+            int64_t to = g == end ? BLOCK : least(BLOCK, i + left);
+            float own = scales[g], offset = zeros ? zeros[g] : 0.0f;
+            for (; i < to; i++) scale[i] = own, zero[i] = offset;
         }
     }
 };

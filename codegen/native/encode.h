@@ -1,5 +1,5 @@
-// Floats to codes, codes to the bytes of the planar layout and back, activations to a grid: what torch calls for whole
-// matrices (library.cpp). Each is the reference of fxquant bit for bit, but for NaN and Inf in activations.
+// Ranges of floats, floats to codes, codes to the bytes of the planar layout and back, activations to a grid: what torch
+// calls for whole matrices (library.cpp). Each is the reference of fxquant bit for bit, but for NaN and Inf in activations.
 #pragma once
 #include "activations.h"
 #include "packed.h"
@@ -33,6 +33,10 @@ struct Matrix {
     const uint8_t *zero; // as scale.at, or null
     int32_t multiply;    // ratio = x * scale, not x / scale
 };
+
+// The least and the largest of every `group` columns of a row, [rows][ceil(cols / group)]; NaN where there is one.
+void extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *least, float *most,
+              const Threads &threads);
 
 // to[r][c] = the code of x / scale, or of round(x / scale) + zero.
 void encode(const Matrix &matrix, const Encoding &encoding, uint8_t *to, const Threads &threads);

@@ -68,6 +68,12 @@ FXQ_VISIBLE void fxquant_rows(const fxq::Weight *w, const int64_t *index, int64_
     fxq::rows(*w, index, count, to, {threads, fxq::run, &work});
 }
 
+FXQ_VISIBLE void fxquant_extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *least,
+                                  float *most, fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::extremes(x, rows, cols, stride, group, least, most, {threads, fxq::run, &work});
+}
+
 FXQ_VISIBLE void fxquant_encode(const fxq::Matrix *matrix, const fxq::Encoding *encoding, uint8_t *to,
                                 fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};

@@ -44,6 +44,19 @@ def reference(x: Tensor, given: scales.Scales, spec: str) -> Tensor:
     return scales.encode(x, given.scale, given.zero_point, given.tensor_scale, spec)
 
 
+# --- ranges -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("wide", [1, 7, 16, 32, 64, 100, 1000])
+def test_ranges(wide: int, isa: str) -> None:
+    x = torch.randint(-(2**31), 2**31 - 1, (20, 333), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-42, -1e-42, 1.0])
+    picked = torch.randint(0, len(special), (9, 333), generator=torch.Generator().manual_seed(1))
+    for given in (normal(20, 333), x.view(torch.float32), special[picked], special[picked % 4], -normal(4, 400).abs()):
+        low, high = cpu_codes.ranges_of(cpu_library.library(isa), given, min(wide, given.shape[1]))
+        want = scales.block_extremes(given, 1, min(wide, given.shape[1]))
+        torch.testing.assert_close((low, high), want, rtol=0, atol=0, equal_nan=True)
+
+
 # --- codes ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("isa", SETS)
 @pytest.mark.parametrize("format", [*FLOATS, *INTEGERS])
