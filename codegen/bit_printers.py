@@ -89,22 +89,9 @@ def triton(steps: Steps) -> list[str]:
     return [f"{step.name} = {_infix(step)}" for step in steps.steps]
 
 
-def cpp(steps: Steps, *, vector: str = "") -> list[str]:
-    """Statements of C++ on unsigned words, of ``uint8_t``, ``uint16_t`` or ``uint32_t``.
-
-    ``vector``: on vectors of words instead, of a type of that name (a vector type of GCC and Clang); ``halves`` is then
-    the vector of its half words.
-    """
-    if vector:
-        return [f"const {vector} {s.name} = {_vectors(s, vector)};" for s in steps.steps]
+def cpp(steps: Steps) -> list[str]:
+    """Statements of C++ on unsigned words, of ``uint8_t``, ``uint16_t`` or ``uint32_t``."""
     return [f"const uint{s.bits}_t {s.name} = (uint{s.bits}_t)({_infix(s, 'u')});" for s in steps.steps]
-
-
-def _vectors(step: Step, vector: str) -> str:
-    """One operation on vectors: the low bytes of half words go up in one shift, where a shift of words needs a mask."""
-    if step.kind == "permute" and step.by == 0x2404:
-        return f"({vector})((halves){step.args[0]} << 8)"
-    return _infix(step, "u")
 
 
 # --- PTX -----------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from fxquant import ops, packing
 from fxquant.codegen.cpu_library import Library, Weight, library, parallel, threads
 from fxquant.codegen.prepack import Operands
 from fxquant.codegen.remember import remember
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, InputError
 from fxquant.formats import Format
 from fxquant.qtensor import load_scale
 from fxquant.scales import Scales, power_of_two
@@ -98,7 +98,7 @@ def activation_bits(bits: int) -> Iterator[None]:
     ||y - y64|| / ||y64|| on normal data, 4096 columns: 2e-7 for 32 bits, 2e-5 for 16, 5e-3 for 8.
     """
     if bits not in ACTIVATION_BITS:
-        raise ValueError(f"activation_bits is {bits}; allowed are {', '.join(map(str, ACTIVATION_BITS))}")
+        raise InputError(f"activation_bits is {bits}; allowed are {', '.join(map(str, ACTIVATION_BITS))}")
     before = _BITS.set(bits)
     try:
         yield

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxquant.cli_options import Json, load, note, print_json, tokenizer_in
-from fxquant.errors import ModelError
+from fxquant.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from fxquant.generate import Engine
@@ -25,6 +25,9 @@ def generate(
     onnx: Annotated[Path | None, typer.Option(metavar="FILE", help="Run this exported file in onnxruntime.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where OUT has no tokenizer.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Of torch or onnxruntime; 0: as they choose.")] = 0,
+    activation_bits: Annotated[
+        int, typer.Option(help="8 or 16: packed linears may round their input to so many bits, for speed (torch only).")
+    ] = 32,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="The prompt in the tokenizer's chat template, the default where it has one."),
@@ -50,7 +53,7 @@ def generate(
         raise ModelError(f"{out} is no compiled model; give a folder that fxquant compile wrote")
     words = tokenizer_in(tokenizer or out, out)
     ids = loop.prompt_ids(words, prompt, chat=chat)
-    engine = _engine(out, onnx, threads)
+    engine = _engine(out, onnx, threads, activation_bits)
     if not engine.cached:
         note("the model has no KV cache, so every step computes the whole text again; compile it with --kv-cache")
     speed, tokens = loop.Speed(), list[int]()
@@ -79,11 +82,17 @@ def generate(
     )  # fmt: skip
 
 
-def _engine(out: Path, onnx: Path | None, threads: int) -> Engine:
+def _engine(out: Path, onnx: Path | None, threads: int, activation_bits: int) -> Engine:
     from fxquant import generate as loop
 
     if onnx is None:
-        return loop.TorchEngine(load(out))
+        model = load(out)
+        model.activation_bits = activation_bits
+        return loop.TorchEngine(model)
+    if activation_bits != 32:
+        raise InputError(
+            "--activation-bits is for torch; a file has it from its export: fxquant export --activation-bits"
+        )
     if not onnx.is_file():
         raise ModelError(f"{onnx} does not exist; write it with fxquant export {out} -o {onnx}")
     return loop.OnnxEngine(onnx, threads=threads)

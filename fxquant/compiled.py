@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fxquant import store
-from fxquant.codegen import cpu, launch  # noqa: F401  they register what operators run on a CPU and on a GPU
+from fxquant.codegen import cpu, launch  # they register what operators run on a CPU and on a GPU
 from fxquant.codegen.bind import bound
 from fxquant.codegen.fuse import fused
 from fxquant.config import Config
@@ -26,11 +26,15 @@ class CompiledModel:
     ``program`` is the graph and its trace, ``config`` what it was compiled with. Calls run a form of the graph made at
     the first one: on a GPU linears have taken in what surrounds them (``codegen/fuse.py``), on a CPU weights and
     constants are looked up beforehand (``codegen/bind.py``); everything else is about ``program``.
+
+    ``activation_bits`` 16 or 8 lets packed linears on a CPU round their input to so many bits, for each row and 8
+    columns, where that is faster: calls with few rows, as a decoder's steps are. 32 is float32 throughout.
     """
 
-    def __init__(self, program: Program, config: Config) -> None:
+    def __init__(self, program: Program, config: Config, *, activation_bits: int = 32) -> None:
         self.program = program
         self.config = config
+        self.activation_bits = activation_bits
 
     @cached_property
     def _runs(self) -> Program:
@@ -44,12 +48,14 @@ class CompiledModel:
 
         Raises InputError, naming the input, for what does not fit the signature.
         """
-        with torch.no_grad():
+        with torch.no_grad(), cpu.activation_bits(self.activation_bits):
             return self._runs(*args, **kwargs)
 
     def to(self, device: str | torch.device) -> CompiledModel:
         """A copy of the model on another device, ``"cuda"`` for one; inputs are to be there too. This one stays."""
-        return CompiledModel(copied(self.program, torch.device(device)), self.config)
+        return CompiledModel(
+            copied(self.program, torch.device(device)), self.config, activation_bits=self.activation_bits
+        )
 
     def autotune(self, rows: Sequence[int] = (1,), *, progress: Progress = quiet) -> dict[str, Any]:
         """Time the tiles of every packed linear on the GPU that the model is on, for so many rows of input.

@@ -110,17 +110,13 @@ class Decoding:
         return torch.tensor(self.recode, dtype=torch.uint8, device=codes.device)[codes.long()]
 
 
-def decoding(
-    format: Format, target: FloatFormat | None = None, *, group: int = 0, cols: int = 0, run: int = 0
-) -> Decoding:
+def decoding(format: Format, target: FloatFormat | None = None, *, group: int = 0, cols: int = 0) -> Decoding:
     """The decoding of ``format`` to float16 (``target`` None) or a byte float.
 
-    ``group``: columns that share a scale, 0 for a scale a row; slices are no wider than a group. ``cols``: columns of
-    the weight, where known; blocks are then no longer than fits it. ``run``: units side by side, instead of what those
-    two ask for. Raises FormatError for a format with no such decoding, saying why.
+    ``group``: columns that share a scale, 0 for a scale a row; slices are no wider than a group. ``cols``: columns of the
+    weight, where known; blocks are then no longer than fits it. Raises FormatError for a format with no such decoding,
+    saying why.
     """
-    if run:
-        return _made(format, target, run)
     most = _widest(format, target)
     runs = [run for run in (most >> i for i in range(8)) if run >= SMALLEST_SLICE[target is None]]
     fitting = [run for run in runs if not group or group % _width(run, target) == 0] or runs[-1:]

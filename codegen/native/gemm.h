@@ -286,7 +286,7 @@ constexpr int HIGH = 6; // in 12 of 16
 
 // sums[i][m] += over k of w[i][k] x[k][m], for ROWS rows of W and VECTORS * LANES rows of x
 template <int ROWS, int VECTORS>
-static FXQ_INLINE void corner(const float *w, const float *x, int64_t count, float *sums, int64_t stride) {
+__attribute__((noinline)) static void corner(const float *w, const float *x, int64_t count, float *sums, int64_t stride) {
     floats acc[ROWS][VECTORS];
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS; i++)

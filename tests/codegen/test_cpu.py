@@ -16,7 +16,7 @@ from fxquant import ops, packing
 from fxquant.codegen import cpu, cpu_build, cpu_library, remember
 from fxquant.codegen.ort_formats import FORMATS
 from fxquant.codegen.prepack import Operands
-from fxquant.errors import KernelError
+from fxquant.errors import InputError, KernelError
 from fxquant.formats import parse_format
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
 from fxquant.scheme import parse_spec
@@ -107,7 +107,7 @@ def test_rounded_x(spec: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None
             with cpu.activation_bits(bits):
                 got = product(x, q, isa)
             assert float((got.double() - want).norm()) <= bound * float(want.norm())
-    with pytest.raises(ValueError, match="activation_bits is 4; allowed are 32, 16, 8"), cpu.activation_bits(4):
+    with pytest.raises(InputError, match="activation_bits is 4; allowed are 32, 16, 8"), cpu.activation_bits(4):
         pass
 
 
