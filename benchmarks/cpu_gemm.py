@@ -2,6 +2,8 @@
 
     python benchmarks/cpu_gemm.py --formats e3m2 e2m1 e4m3 --rows 1 64 --threads 2
 
+With --ggml FILE, a libggml.so (pip install --no-deps ik-llama-cpp-python has one), its Q6_K, Q4_0 and Q8_0 take part.
+
 All are called in turn in one process, on weights that together exceed the last cache, so that each call reads its
 weight from memory. Printed: the best and the median of the runs in ms, and float32 in onnxruntime over each.
 """
@@ -9,10 +11,12 @@ weight from memory. Printed: the best and the median of the runs in ms, and floa
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import statistics
 import time
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -105,6 +109,45 @@ def ort_bits(bits: int, group: int, w: torch.Tensor, x: torch.Tensor, threads: i
     return [one() for _ in range(-(-CACHE // (N * K * bits // 8)))]
 
 
+class Ggml:
+    """Products of ggml's own types by its C library: tensors in one pool of memory, a graph of one product a copy."""
+
+    TYPES = MappingProxyType({"Q4_0": 2, "Q8_0": 8, "Q6_K": 14})
+    _POOL = 512 << 20
+
+    def __init__(self, path: str) -> None:
+        class Parameters(ctypes.Structure):
+            _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+        self._lib = lib = ctypes.CDLL(path)
+        pointer, whole = ctypes.c_void_p, ctypes.c_int64
+        for name, arguments in (
+            ("ggml_init", [Parameters]), ("ggml_new_tensor_2d", [pointer, ctypes.c_int, whole, whole]),
+            ("ggml_mul_mat", [pointer] * 3), ("ggml_new_graph", [pointer]), ("ggml_get_data", [pointer]),
+        ):  # fmt: skip
+            getattr(lib, name).restype, getattr(lib, name).argtypes = pointer, arguments
+        lib.ggml_build_forward_expand.argtypes = [pointer, pointer]
+        lib.ggml_graph_compute_with_ctx.argtypes = [pointer, pointer, ctypes.c_int]
+        lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+        lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, whole, whole, whole, pointer]
+        self._parameters = Parameters
+
+    def __call__(self, name: str, w: torch.Tensor, x: torch.Tensor, threads: int) -> list[Call]:
+        lib, kind, (N, K) = self._lib, self.TYPES[name], w.shape
+        pool = lib.ggml_init(self._parameters(self._POOL, None, False))
+        rows = lib.ggml_new_tensor_2d(pool, 0, K, len(x))
+        ctypes.memmove(lib.ggml_get_data(rows), x.data_ptr(), x.nbytes)
+        calls: list[Call] = []
+        size = 0
+        while len(calls) * size < CACHE:
+            weight = lib.ggml_new_tensor_2d(pool, kind, K, N)
+            size = lib.ggml_quantize_chunk(kind, w.data_ptr(), lib.ggml_get_data(weight), 0, N, K, None)
+            graph = lib.ggml_new_graph(pool)
+            lib.ggml_build_forward_expand(graph, lib.ggml_mul_mat(pool, weight, rows))
+            calls.append(lambda graph=graph: lib.ggml_graph_compute_with_ctx(pool, graph, threads))
+        return calls
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=["e3m2", "e2m3", "e2m2", "e2m1", "e4m3", "int4", "int8"])
@@ -114,7 +157,9 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--bits", nargs="+", type=int, default=[32, 16, 8], help="what x may be rounded to")
     parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--ggml", metavar="FILE", help="a libggml.so")
     options = parser.parse_args()
+    ggml = Ggml(options.ggml) if options.ggml else None
     w = torch.randn(options.size, options.size, generator=torch.Generator().manual_seed(0))
     print(f"{options.size} x {options.size}, groups of {options.group}, kernels for {cpu_library.library().isa.name}")
     for threads, M in itertools.product(options.threads, options.rows):
@@ -125,6 +170,7 @@ def main() -> None:
             "torch float32": torch_float(w, x),
             "MatMulNBits 4": ort_bits(4, options.group, w, x, threads),
             "MatMulNBits 8": ort_bits(8, options.group, w, x, threads),
+            **({} if ggml is None else {f"ggml {name}": ggml(name, w, x, threads) for name in Ggml.TYPES}),
             **{
                 f"fxquant {format}{f', x in {bits} bits' if bits < 32 else ''}": ours(format, bits, options.group, w, x)
                 for format in options.formats

@@ -11,8 +11,10 @@ Converters (``onnx_ops``) are written over a ``Builder``. A value of the torch p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +22,7 @@ import torch
 from torch import fx
 
 from fxquant.dims import Dim
+from fxquant.errors import ExportError
 from fxquant.formats import Format
 from fxquant.graph import ScalarType, TensorType, info
 
@@ -54,18 +57,73 @@ class UnsupportedError(Exception):
     """What a converter raises where ONNX cannot express the call; the exporter adds where in the model it is."""
 
 
+Operators = Literal["auto", "fxquant", "standard"]
+ActivationBits = Literal[32, 16, 8]
+OptimizeFor = Literal["speed", "memory"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a program is written in ONNX. Raises ExportError for a value that is not one of those.
+
+    ``operators``: which ones layers on packed weights become: ``auto`` takes MatMulNBits and GatherBlockQuantized where
+    they are exact and fast, nodes of our own domain elsewhere; ``fxquant`` our nodes everywhere; ``standard`` our nodes
+    only where onnxruntime has no operator for the format. ``activation_bits``: to how many bits a kernel of a linear
+    may round x by itself, token by token and block by block; 32 is not at all. ``optimize_for``: ``speed`` has
+    onnxruntime decode weights once, when it loads the file, into float32; ``memory`` has it keep them packed and
+    decode them in every run, unless the custom-op library multiplies them as they are.
+    """
+
+    operators: Operators = "auto"
+    activation_bits: ActivationBits = 32
+    optimize_for: OptimizeFor = "speed"
+
+    def __post_init__(self) -> None:
+        kinds = {"operators": Operators, "activation_bits": ActivationBits, "optimize_for": OptimizeFor}
+        for name, kind in kinds.items():
+            if (given := getattr(self, name)) not in (allowed := get_args(kind)):
+                raise ExportError(f"{name} is {given!r}; expected {', '.join(map(repr, allowed))}")
+
+
+DEFAULT = Options()
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator of our own domain: a kind on a format, and how it finds scales where it finds any."""
+
+    kind: str
+    format: Format
+    scale: str = "fp32"
+    rounding: str = ""
+
+    @property
+    def name(self) -> str:
+        """``Linear_e3m2``; n and p stand for the minus and the point of a bias, a checksum for the values of a table,
+        and scales other than fp32 are told: ``FakeQuantizeDynamic_e2m1_e8m0_floor``."""
+        format = str(self.format)
+        if format.startswith("lut("):
+            format = f"lut{self.format.bits}_{zlib.crc32(format.encode()):08x}"
+        parts = [self.kind, format.replace("-", "n").replace(".", "p")]
+        return "_".join([*parts, *(part for part in (self.scale, self.rounding) if part not in ("fp32", ""))])
+
+
 class Builder:
     """Appends nodes to a graph under construction. ``at`` names the scope of new nodes and values.
 
     ``memo`` is for values that many nodes share, such as an attention mask in additive form; ``calls`` are the
-    operators of our own domain that were used, by name and format, with what they ask of their functions.
+    operators of our own domain that were used, with what they ask of their functions; ``tensors`` are initializers made
+    here, their names made free by ``unique``.
     """
 
-    def __init__(self, opset: int) -> None:
-        self.opset = opset
+    def __init__(
+        self, opset: int, options: Options = DEFAULT, unique: Callable[[str], str] = lambda name: name
+    ) -> None:
+        self.opset, self.options, self.unique = opset, options, unique
         self.nodes: list[ir.Node] = []
         self.memo: dict[object, ir.Value] = {}
-        self.calls: dict[tuple[str, Format], frozenset[str]] = {}
+        self.calls: dict[Operator, frozenset[str]] = {}
+        self.tensors: list[ir.Value] = []
         self.result: Any = None
         self._scope, self._count = "value", 0
         self._constants: dict[tuple[object, ...], ir.Value] = {}
@@ -131,6 +189,14 @@ class Builder:
             self.nodes.append(ir.node("Constant", [], {"value": tensor}, outputs=[out], name=out.name))
             self._constants[key] = out
         return self._constants[key]
+
+    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """A new initializer, of ``name`` where that is free."""
+        value = ir.Value(name=self.unique(name), type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape)))  # type: ignore[arg-type]
+        tensor.name = value.name
+        value.const_value = tensor
+        self.tensors.append(value)
+        return value
 
     # --- types ------------------------------------------------------------------------------------------------------
     def cast(self, x: Arg, dtype: ir.DataType) -> ir.Value:

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import operator
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,18 +20,20 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 
-from fxquant.codegen.onnx_builder import Builder, UnsupportedError, is_number, no_kernel, onnx_dtype
+from fxquant.codegen.onnx_builder import DEFAULT, Builder, Options, UnsupportedError, is_number, no_kernel, onnx_dtype
+from fxquant.codegen.onnx_file import FILE_LIMIT, writable, write
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
+from fxquant.codegen.onnx_metadata import described
 from fxquant.codegen.onnx_ops import BY_NAME, CONVERTERS, NO_VALUE
+from fxquant.codegen.onnx_standard import MICROSOFT
 from fxquant.errors import ExportError, SaveError
 from fxquant.graph import NodeInfo, ScalarType, TensorType, info
 from fxquant.program import Program, Progress, quiet, target_name
 from fxquant.rewrite import fetch, identity
 from fxquant.signature import output_names
 
-OPSETS = range(21, 25)
-_FILE_LIMIT = 2**31 - 2**24
-"""A protobuf file holds less than 2 GB; this leaves 16 MB for the graph."""
+OPSETS = range(21, min(26, onnx.defs.onnx_opset_version()) + 1)
+"""What the exporter was tested with, as far as the installed onnx knows it."""
 
 
 def export_onnx(
@@ -42,6 +41,7 @@ def export_onnx(
     path: str | Path,
     *,
     opset: int = 21,
+    options: Options = DEFAULT,
     metadata: Mapping[str, str] = {},
     external_data: bool | None = None,
     progress: Progress = quiet,
@@ -53,27 +53,28 @@ def export_onnx(
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; expected {OPSETS[0]} to {OPSETS[-1]}, or no opset")
-    target = _writable(Path(path))
-    model = to_model(program, opset=opset, metadata=metadata, progress=progress)
+    target = writable(Path(path))
+    model = to_model(program, opset=opset, options=options, metadata=metadata, progress=progress)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if external_data is False and size > _FILE_LIMIT:
+    if external_data is False and size > FILE_LIMIT:
         raise SaveError(f"{path}: {size} bytes of weights do not fit into one file; leave external_data at its default")
-    write(model, target, external_data=size > _FILE_LIMIT if external_data is None else external_data)
+    write(model, target, external_data=size > FILE_LIMIT if external_data is None else external_data)
 
 
 def to_model(
-    program: Program, *, opset: int = 21, metadata: Mapping[str, str] = {}, progress: Progress = quiet
-) -> ir.Model:
+    program: Program, *, opset: int = 21, options: Options = DEFAULT, metadata: Mapping[str, str] = {},
+    progress: Progress = quiet,
+) -> ir.Model:  # fmt: skip
     """``program`` as an ONNX model in memory; its initializers share the program's memory."""
-    return _Exporter(program, opset).run(metadata, progress)
+    return _Exporter(program, opset, options).run(metadata, progress)
 
 
 class _Exporter:
     """Converts a graph node by node; ``env`` holds the ONNX value of every fx node."""
 
-    def __init__(self, program: Program, opset: int) -> None:
-        self.program, self.opset = program, opset
-        self.builder = Builder(opset)
+    def __init__(self, program: Program, opset: int, options: Options) -> None:
+        self.program, self.opset, self.options = program, opset, options
+        self.builder = Builder(opset, options, self.unique)
         self.env: dict[fx.Node, Any] = {}
         self.inputs: list[ir.Value] = []
         self.initializers: dict[tuple[object, ...], ir.Value] = {}
@@ -215,16 +216,19 @@ class _Exporter:
 
     def model(self, outputs: list[ir.Value], metadata: Mapping[str, str]) -> ir.Model:
         nodes = _alive(self.builder.nodes, outputs)
-        used = [v for v in self.initializers.values() if any(True for _ in v.uses())]
+        held = [*self.initializers.values(), *self.builder.tensors]
+        used = [v for v in held if any(True for _ in v.uses())]
+        domains = {node.domain for node in nodes}
         graph = ir.Graph(
             self.inputs, outputs, nodes=nodes, initializers=used, name="fxquant",
-            opset_imports={"": self.opset, DOMAIN: VERSION},
+            opset_imports={"": self.opset, DOMAIN: VERSION, **({MICROSOFT: 1} if MICROSOFT in domains else {})},
         )  # fmt: skip
         version = importlib.metadata.version("fxquant")
+        about = {"fxquant.version": version, **described(self.program, self.options)}
         return ir.Model(
             graph, ir_version=onnx.helper.OP_SET_ID_VERSION_MAP["ai.onnx", self.opset], producer_name="fxquant",
             producer_version=version, functions=functions(self.builder),
-            metadata_props={"fxquant.version": version, **metadata},
+            metadata_props={**about, **metadata},
         )  # fmt: skip
 
 
@@ -260,30 +264,3 @@ def _arguments(node: fx.Node) -> tuple[list[Any], dict[str, Any]]:
         elif i >= len(positional):
             positional.append(given.get(argument.name, argument.default_value))
     return positional, by_name
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-def _writable(path: Path) -> Path:
-    if not path.parent.is_dir():
-        raise SaveError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    if path.is_dir():
-        raise SaveError(f"cannot write {path}: it is a folder; name a file in it, such as {path / 'model.onnx'}")
-    return path
-
-
-def write(model: ir.Model, path: Path, *, external_data: bool) -> None:
-    """Save beside ``path`` under a temporary name, then move into place: weights first, then the graph."""
-    data = f"{path.name}.data"
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise SaveError(f"cannot write {path}: {error}; choose a folder that can be written") from error
-    try:
-        ir.save(model, folder / path.name, external_data=data if external_data else None)
-        for name in (data, path.name):
-            if (folder / name).exists():
-                os.replace(folder / name, path.parent / name)
-    except OSError as error:
-        raise SaveError(f"cannot write {path}: {error}; free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

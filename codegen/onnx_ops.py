@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from fxquant.codegen.onnx_activations import ACTIVATIONS
 from fxquant.codegen.onnx_elementwise import ELEMENTWISE, Converter
-from fxquant.codegen.onnx_functions import PACKED
 from fxquant.codegen.onnx_kv import KV
 from fxquant.codegen.onnx_layers import LAYERS, grouped_product
+from fxquant.codegen.onnx_packed import PACKED
 from fxquant.codegen.onnx_reduce import REDUCE
 from fxquant.codegen.onnx_shape import SHAPE
 from fxquant.rewrite import aten
 
-CONVERTERS: dict[Any, Converter] = {**ELEMENTWISE, **SHAPE, **REDUCE, **LAYERS, **PACKED, **KV}
+CONVERTERS: dict[Any, Converter] = {**ELEMENTWISE, **SHAPE, **REDUCE, **LAYERS, **PACKED, **ACTIVATIONS, **KV}
 
 BY_NAME: dict[str, Converter] = {"transformers.grouped_mm_fallback.default": grouped_product}
 """Operators of other packages, which exist only once those are imported."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_generate, cli_kernels, cli_measure
+from fxquant import cli_generate, cli_kernels, cli_measure, cli_onnx
 from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
 from fxquant.errors import FxquantError
 
@@ -117,32 +117,7 @@ def compile_(
     typer.echo(f"\nsaved to {out}; next: fxquant inspect {out}, or fxquant export {out} -o model.onnx")
 
 
-@app.command()
-def export(
-    out: Compiled,
-    path: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The ONNX file to write.")],
-    opset: Annotated[int, typer.Option(help="The ONNX operator set.")] = 21,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Export a compiled model to ONNX with its weights still packed; plain onnxruntime runs it.
-
-    Example: fxquant export smollm2-fp6 -o smollm2-fp6.onnx
-    """
-    from fxquant.errors import SaveError
-    from fxquant.show.console import progress_bars
-    from fxquant.show.units import size
-
-    if path.exists() and not overwrite:
-        raise SaveError(f"{path} exists already; choose another file, or give --overwrite")
-    compiled = load(out)
-    with progress_bars() as progress:
-        compiled.export_onnx(path, opset=opset, progress=progress)
-    nbytes = sum(f.stat().st_size for f in (path, path.with_name(f"{path.name}.data")) if f.exists())
-    if as_json:
-        print_json({"path": str(path), "bytes": nbytes, "opset": opset})
-    else:
-        typer.echo(f"wrote {path}, {size(nbytes)}, opset {opset}")
+app.command()(cli_onnx.export)
 
 
 @app.command()
@@ -179,14 +154,23 @@ def inspect(
 ) -> None:
     """Show what became of a model: sizes, formats, errors, passes, and why layers stayed in float.
 
+    OUT may also be an ONNX file: its operators, weights and properties.
+
     Examples:
 
         fxquant inspect smollm2-fp6 --layers
 
         fxquant inspect smollm2-fp6 --html report.html
+
+        fxquant inspect smollm2-fp6.onnx
     """
     from fxquant.show.console import print_layers
 
+    if out.suffix == ".onnx":
+        if html or diff or layers:
+            raise typer.BadParameter("--html, --diff and --layers show compiled folders; an ONNX file has no passes")
+        cli_onnx.inspect(out, as_json)
+        return
     compiled = load(out)
     if html is not None:
         compiled.report(html)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fxquant import store
-from fxquant.codegen import cpu, launch  # they register what operators run on a CPU and on a GPU
+from fxquant.codegen import cpu, cpu_codes, launch  # noqa: F401  they register what operators run on a CPU and on a GPU
 from fxquant.codegen.bind import bound
 from fxquant.codegen.fuse import fused
 from fxquant.config import Config
+from fxquant.errors import ExportError, KernelError
 from fxquant.program import Program, Progress, copied, quiet
 from fxquant.rewrite import fetch, get_attrs
 from fxquant.show import html, summary, text
+
+if TYPE_CHECKING:
+    from fxquant.codegen.onnx_builder import ActivationBits, Operators, OptimizeFor
+    from fxquant.codegen.onnx_check import OnnxCheck
 
 
 class CompiledModel:
@@ -74,16 +80,55 @@ class CompiledModel:
         config = self.config.to_dict()
         store.save(self.program, directory, config=config, tokenizer=tokenizer, overwrite=overwrite)
 
-    def export_onnx(self, path: str | Path, *, opset: int = 21, progress: Progress = quiet) -> None:
-        """Write an ONNX file whose weights stay packed and which plain onnxruntime runs. Raises ExportError."""
-        from fxquant.codegen.onnx_export import export_onnx  # loads onnx
+    def export_onnx(
+        self, path: str | Path, *, opset: int = 21, operators: Operators = "auto", activation_bits: ActivationBits = 32,
+        optimize_for: OptimizeFor = "speed", external_data: bool | None = None, check: bool = False,
+        progress: Progress = quiet,
+    ) -> None:  # fmt: skip
+        """Write an ONNX file whose weights stay packed and which plain onnxruntime runs. Raises ExportError.
+
+        ``operators``: ``auto`` takes MatMulNBits and GatherBlockQuantized where they are exact and fast, and nodes of
+        the domain fxquant elsewhere; ``fxquant`` these alone; ``standard`` these only where there is nothing else.
+        ``activation_bits``: 32, or to how many (16, 8) a kernel of a linear may round its input by itself.
+        ``optimize_for``: ``speed`` has onnxruntime decode weights when it loads the file, ``memory`` keep them packed.
+        ``external_data`` writes weights to ``<path>.data``; by default only above 2 GB. ``check`` runs the file and
+        compares it (``check_onnx``); ExportError where it is too far off, and the file stays.
+        """
+        from fxquant.codegen.onnx_builder import Options  # loads onnx
+        from fxquant.codegen.onnx_export import export_onnx
+        from fxquant.codegen.onnx_metadata import CONFIG
 
         signature = self.program.signature
         metadata = {
-            "config": _json(self.config), "limits": json.dumps(signature.limits),
+            CONFIG: _json(self.config), "limits": json.dumps(signature.limits),
             "empty": json.dumps({item.name: item.empty for item in signature.inputs if item.empty}),
         }  # fmt: skip
-        export_onnx(self.program, path, opset=opset, metadata=metadata, progress=progress)
+        options = Options(operators, activation_bits, optimize_for)
+        export_onnx(
+            self.program, path, opset=opset, options=options, metadata=metadata, external_data=external_data,
+            progress=progress,
+        )  # fmt: skip
+        if check and not (found := self.check_onnx(path, progress=progress)).ok:
+            raise ExportError(f"{path} was written, and does not compute what the model does in torch:\n{found}")
+
+    def check_onnx(
+        self, path: str | Path, *, inputs: Sequence[Any] | None = None, progress: Progress = quiet
+    ) -> OnnxCheck:
+        """Run an exported file in onnxruntime and this model in torch, and compare; ``str`` of the result is a table.
+
+        ``inputs`` are example inputs as ``compile`` takes them; by default tokens and numbers are drawn, for up to
+        three sets of sizes. Where fxquant's custom-op library is there, the file is run with it too. ExportError if
+        onnxruntime cannot load or run the file.
+        """
+        import fxquant
+        from fxquant.codegen.onnx_check import check_onnx
+
+        try:
+            library = fxquant.custom_ops_library()
+        except KernelError as error:
+            library = None
+            warnings.warn(f"checked without fxquant's custom-op library: {error}", stacklevel=2)
+        return check_onnx(self.program, path, inputs=inputs, library=library, progress=progress)
 
     def report(self, path: str | Path) -> None:
         """Write a self-contained HTML page: totals, passes, graph diffs, and what became of every layer."""

@@ -113,9 +113,9 @@ class Decoding:
 def decoding(format: Format, target: FloatFormat | None = None, *, group: int = 0, cols: int = 0) -> Decoding:
     """The decoding of ``format`` to float16 (``target`` None) or a byte float.
 
-    ``group``: columns that share a scale, 0 for a scale a row; slices are no wider than a group. ``cols``: columns of the
-    weight, where known; blocks are then no longer than fits it. Raises FormatError for a format with no such decoding,
-    saying why.
+    ``group``: columns that share a scale, 0 for a scale a row; slices are no wider than a group. ``cols``: columns of
+    the weight, where known; blocks are then no longer than fits it. Raises FormatError, saying why, for a format with
+    no such decoding.
     """
     most = _widest(format, target)
     runs = [run for run in (most >> i for i in range(8)) if run >= SMALLEST_SLICE[target is None]]

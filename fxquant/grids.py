@@ -217,6 +217,12 @@ class IntFormat(Grid):
         values = torch.arange(2**self.bits, dtype=torch.float64)
         return torch.where(values > self.max, values - 2**self.bits, values)
 
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values of uint8 ``codes``, in ``dtype``; INT8 needs no table."""
+        if self.bits == 8 and self.signed and codes.dtype == torch.uint8:
+            return codes.view(torch.int8).to(dtype)
+        return lookup(self, codes, dtype)
+
     def encode(self, x: Tensor) -> Tensor:
         """Codes (uint8) of the nearest integers of ``x``, ties to even, saturating; NaN becomes 0."""
         low = -self.max if self.signed else 0.0

@@ -122,7 +122,7 @@ class Signature:
         self._check_limits(sizes)
 
     def _check_limits(self, sizes: Mapping[str, int]) -> None:
-        if (broken := self._broken(sizes)) is None:
+        if (broken := self.broken(sizes)) is None:
             return
         used = condition_names(broken)
         at = ", ".join(f"{name} = {size}" for name, size in sizes.items() if name in used)
@@ -131,7 +131,7 @@ class Signature:
             f"another path at other sizes, or has no more positions; compile with example_inputs of the size you need"
         )
 
-    def _broken(self, sizes: Mapping[str, int]) -> str | None:
+    def broken(self, sizes: Mapping[str, int]) -> str | None:
         """The first limit that does not hold; one that cannot be computed (a division by zero) does not."""
         for limit in self.limits:
             try:
@@ -148,7 +148,7 @@ class Signature:
             return ""
         (name,) = used
         around = [range(sizes[name], max(sizes[name] - 4096, -1), -1), range(sizes[name], sizes[name] + 4096)]
-        found = [next((n for n in side if self._broken({**sizes, name: n}) is None), None) for side in around]
+        found = [next((n for n in side if self.broken({**sizes, name: n}) is None), None) for side in around]
         known = [str(n) for n in found if n is not None]
         return f" (such as {name} = {' or '.join(known)})" if known else ""
 

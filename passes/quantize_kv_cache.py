@@ -5,9 +5,11 @@
     keys = cat([past, key])
  -> keys = cat([dequantize_kv(quantize_kv(past, scale), scale), key]);  present = cat([past, key])
 
-Keys have a scale for every head and channel, from calibration data, since their outliers stay in a few channels; values
-a scale for every head and token (WKVQuant, 2402.12065, section 3: past only quantization, two-dimensional). Here the
-cache itself stays in float; ``store_kv_cache`` makes it codes when the weights are packed.
+That only past tokens are rounded is WKVQuant's (2402.12065). Keys have a scale for every head and channel, found on
+calibration data since the cache grows: their outliers stay in a few channels; values a scale for every head and token
+(KIVI, 2402.02750). RoPE turns two channels of a key into each other by the token's position: both get the range of
+their norm, which holds at positions that calibration does not reach (SmolLM2 at 2,048 tokens, calibrated on 512, int8:
+the keys' error is 0.6 % and not 7 %). The cache stays in float here; ``store_kv_cache`` makes it codes later on.
 """
 
 from __future__ import annotations
@@ -72,6 +74,7 @@ def _new(cat: fx.Node) -> fx.Node:
 
 def _ranges(gm: fx.GraphModule, cats: list[fx.Node], settings: Mapping[str, Any]) -> dict[fx.Node, Tensor]:
     """The largest magnitude of every head and channel ``[heads, width]`` of what each appends, in all batches."""
+    turned = {cat: turned_channels(_new(cat)) for cat in cats}
     found, probes = dict[fx.Node, Tensor](), dict[fx.Node, fx.Node]()
     for cat in cats:
         with gm.graph.inserting_before(cat):
@@ -80,12 +83,42 @@ def _ranges(gm: fx.GraphModule, cats: list[fx.Node], settings: Mapping[str, Any]
         probes[probe] = cat
 
     def reached(probe: fx.Node, seen: Statistics) -> None:
-        found[probes[probe]] = torch.stack([x.abs().amax((0, 2)).float() for x in seen.inputs]).amax(0)
+        cat = probes[probe]
+        found[cat] = torch.stack([magnitudes(x.float(), turned[cat]).amax((0, 2)) for x in seen.inputs]).amax(0)
 
     walk(gm, settings["calibration"], list(probes), reached, progress=settings.get("progress", quiet), what=RULE)
     for probe in probes:
         gm.graph.erase_node(probe)
     return found
+
+
+def magnitudes(x: Tensor, turned: int) -> Tensor:
+    """``|x|``, for the first ``turned`` channels the norm of the pair (i, i + turned / 2) that each is of."""
+    norm = torch.hypot(x[..., : turned // 2], x[..., turned // 2 : turned])
+    return torch.cat([norm, norm, x[..., turned:].abs()], dim=-1)
+
+
+def turned_channels(node: fx.Node) -> int:
+    """How many channels of a key RoPE turns, ``k cos + cat([-k2, k1]) sin``, the first of them; 0 where it does not."""
+    first = node.args[0]
+    if node.target is aten.cat.default and isinstance(first, (list, tuple)):  # with those that it leaves as they are
+        return turned_channels(first[0]) if isinstance(first[0], fx.Node) else 0
+    if node.target in _AS_IT_IS and isinstance(first, fx.Node):
+        return turned_channels(first)
+    products = [a for a in node.args if isinstance(a, fx.Node) and a.target is aten.mul.Tensor]
+    turns = any(_is_half_turn(a) for product in products for a in product.all_input_nodes)
+    return int(tensor_type(node).shape[-1]) if node.target is aten.add.Tensor and turns else 0
+
+
+def _is_half_turn(node: fx.Node) -> bool:
+    """``cat([-k2, k1])``"""
+    parts = node.args[0] if node.target is aten.cat.default else None
+    return isinstance(parts, (list, tuple)) and len(parts) == 2 and (
+        isinstance(parts[0], fx.Node) and parts[0].target is aten.neg.default
+    )  # fmt: skip
+
+
+_AS_IT_IS = (aten.clone.default, aten.contiguous.default, aten.to.dtype, aten.alias.default)
 
 
 def _round_past(gm: fx.GraphModule, cat: fx.Node, spec: QuantSpec, absmax: Tensor | None) -> None:

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
-    "errors", "cache", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts",
-    "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature", "program",
+    "errors", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops",
+    "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature", "program",
     "ops", "qdq", "producers", "calibrate", "gradients", "blocks", "verify", "eager", "sizes", "symbolic", "flatten",
     "capture",
 )  # fmt: skip
@@ -36,8 +36,8 @@ GROUP_OF = {
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
     "allocation": "pipeline", "kernels": "pipeline",
-    "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top",
-    "cli": "top", "cli_measure": "top", "cli_kernels": "top", "cli_options": "top", "demo": "top",
+    "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
+    "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

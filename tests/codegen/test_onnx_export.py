@@ -116,7 +116,7 @@ def initializers(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def opsets() -> tuple[int, ...]:
-    return (21, 22, 23, 24)
+    return (21, 22, 23, 24, 25, 26)
 
 
 # --- packed weights -------------------------------------------------------------------------------------------------
@@ -177,7 +177,11 @@ def test_one_node_and_one_function_a_layer(tmp_path: Path) -> None:
     own = {n.op_type: n for n in model.graph.node if n.domain == "fxquant"}
     assert own.keys() == {"LinearBias_e3m2bn1", "Linear_e3m2bn1"} == {f.name for f in model.functions}
     assert [n.op_type for n in model.graph.node] == ["LinearBias_e3m2bn1", "Gelu", "Linear_e3m2bn1"]
-    assert {a.name: a.i for a in own["Linear_e3m2bn1"].attribute} == {"cols": 17, "group_size": 5}
+    assert {a.name: a.i for a in own["Linear_e3m2bn1"].attribute} == {
+        "activation_bits": 32,
+        "cols": 17,
+        "group_size": 5,
+    }
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:
@@ -255,9 +259,9 @@ def test_what_onnx_cannot_say_is_explained(tmp_path: Path) -> None:
         export_onnx(program, tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("opset", [20, 25])
+@pytest.mark.parametrize("opset", [20, 27])
 def test_opset_out_of_range(opset: int, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="expected 21 to 24"):
+    with pytest.raises(ExportError, match="expected 21 to 26"):
         export_onnx(capture(nn.ReLU(), (torch.randn(2, 3),)), tmp_path / "m.onnx", opset=opset)
 
 
@@ -274,7 +278,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError("no space left on device")
 
     (tmp_path / "m.onnx").write_text("old")
-    monkeypatch.setattr("fxquant.codegen.onnx_export.ir.save", full)
+    monkeypatch.setattr("fxquant.codegen.onnx_file.ir.save", full)
     with pytest.raises(SaveError, match="no space left"):
         export_onnx(capture(nn.ReLU(), (torch.randn(2, 3),)), tmp_path / "m.onnx")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.onnx", "old")]

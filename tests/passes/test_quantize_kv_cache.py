@@ -11,11 +11,16 @@ from torch import Tensor
 
 import fxquant
 from fxquant import ops
+from fxquant.calibrate import batches_of
+from fxquant.capture import capture
 from fxquant.errors import ConfigError, ExportError
 from fxquant.evaluate import OnnxModel
 from fxquant.hf import with_cache
 from fxquant.kv_cache import CachedDecoder, past_of
-from fxquant.program import Stage, run
+from fxquant.passes.quantize_kv_cache import QUANTIZE_KV_CACHE, turned_channels
+from fxquant.passes.store_kv_cache import STORE_KV_CACHE
+from fxquant.program import Stage, copied, run
+from fxquant.rewrite import tensors
 from fxquant.scheme import parse_spec
 from fxquant.verify import verify
 from tests.tiny_models import tiny_decoder
@@ -84,6 +89,8 @@ def test_only_past_tokens_are_rounded(decoder: CachedDecoder, key: str, value: s
     largest = {}  # of what calibration appended: all of it, since every past is empty there
     for name in list(exact)[1:]:
         every = [plain(input_ids=window[None])[name] for window in DATA]
+        if name.endswith("key"):  # RoPE turns channels i and i + 4 into each other
+            every = [torch.hypot(x[..., :4], x[..., 4:]).repeat(1, 1, 1, 2) for x in every]
         largest[name] = torch.stack([x.abs().amax((0, 2)) for x in every]).amax(0)[:, None]
     given = {
         name: rounded(exact[name], key if name.endswith("key") else value, largest[name]) for name in list(exact)[1:]
@@ -105,13 +112,30 @@ def test_only_past_tokens_are_rounded(decoder: CachedDecoder, key: str, value: s
     assert torch.allclose(step["logits"], got["logits"], rtol=0, atol=1e-5)
 
 
-def test_floats_and_codes_compute_the_same(decoder: CachedDecoder) -> None:
-    from fxquant.calibrate import batches_of
-    from fxquant.capture import capture
-    from fxquant.passes.quantize_kv_cache import QUANTIZE_KV_CACHE
-    from fxquant.passes.store_kv_cache import STORE_KV_CACHE
-    from fxquant.program import copied
+def test_ranges_hold_at_positions_that_calibration_does_not_reach(decoder: CachedDecoder) -> None:
+    q = fxquant.compile(
+        decoder, decoder.example_inputs(), config("int8/channel", "int8/token"), calibration=torch.full((4, 2), 7)
+    )
+    plain = fxquant.compile(decoder, decoder.example_inputs(), {"rules": config("int8/token", "int8/token")["rules"]})
+    ids = torch.full((1, 60), 7)  # the key of one token, at 60 positions; calibration has seen two of them
+    want, codes = plain(input_ids=ids)["present_0_key"], q(input_ids=ids)["present_0_key"]
+    scale = next(v for k, v in tensors(q.program.gm).items() if k.startswith("past_0_key_scale"))
+    assert float(((codes.view(torch.int8) * scale - want) / scale).abs().max()) < 0.51
 
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "channels"),
+    [("Llama", {}, 8), ("GPTNeoX", {"rotary_pct": 0.5}, 4), ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, 0)],
+)
+def test_channels_that_rope_turns_are_found(cls: str, settings: dict[str, Any], channels: int) -> None:
+    cached = with_cache(tiny_decoder(cls, **settings))
+    graph = capture(cached, cached.example_inputs()).gm.graph
+    past = next(n for n in graph.nodes if n.name == "past_0_key")
+    (cat,) = past.users
+    assert turned_channels(cat.args[0][1]) == channels  # type: ignore[index, arg-type]
+
+
+def test_floats_and_codes_compute_the_same(decoder: CachedDecoder) -> None:
     program = capture(decoder, decoder.example_inputs())
     settings = {"key": "int4/channel", "value": "e2m1/token", "calibration": batches_of(DATA, program.signature)}
     run(program, [Stage(QUANTIZE_KV_CACHE, settings)], check=verify)

@@ -1,0 +1,272 @@
+"""Whether an exported file computes what the program does: loaded in onnxruntime, run at several sizes, compared.
+
+For every output and set of sizes: the largest difference, the largest relative error of a row (``||y - y_torch|| /
+||y_torch||`` over the last dimension), and for logits how often the largest one is the same. A row may be off by
+
+    1e-4                     where sums are in float32
+    1e-3                     where kernels may round activations to 16 bits
+    0.1 or 4 noise,          where activations are rounded. noise is what becomes of the program's own outputs in torch
+    the larger, below 1      when the inputs of its linears are changed: in the last bits where the program rounds
+                             activations, since one of them decides now and then to which of two neighbours a value is
+                             rounded, and that goes on through the layers; to INT8 in blocks of 32 where a kernel may
+                             round them (MatMulNBits at accuracy_level 4, nodes with ``activation_bits`` of 8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx
+
+from fxquant.dims import evaluate
+from fxquant.errors import ExportError
+from fxquant.graph import TensorType, info
+from fxquant.ops import ROUNDINGS
+from fxquant.ops import operators as ops
+from fxquant.program import Program, Progress, quiet
+from fxquant.rewrite import aten
+from fxquant.signature import Input, as_call, output_names
+
+EXACT, ROUNDED_16, ROUNDED = 1e-4, 1e-3, 0.1
+"""How far a row of an output may be off at least, relative to its norm."""
+SIZES = ((2, 16), (1, 1), (3, 37), (1, 64), (4, 8), (2, 2), (8, 128))
+"""Sizes that are tried for the first dynamic dimension and for the others; three that fit are run."""
+_RUNS, _FEW = 3, 4
+
+_LINEARS = (ops.linear_wq.default, aten.linear.default)
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One output of one run: its largest difference and relative error of a row, and what is allowed."""
+
+    runtime: str
+    sizes: str
+    output: str
+    difference: float
+    relative: float
+    bound: float
+    same_top: float | None
+
+    @property
+    def ok(self) -> bool:
+        return self.relative <= self.bound and self.relative < 1  # NaN is neither
+
+
+@dataclass(frozen=True)
+class OnnxCheck:
+    """What ``check_onnx`` found; ``str`` is a table."""
+
+    path: str
+    rows: tuple[Compared, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "rows": [asdict(row) | {"ok": row.ok} for row in self.rows]}
+
+    def __str__(self) -> str:
+        head = ("runtime", "sizes", "output", "max diff", "row error", "allowed", "same top-1", "")
+        table = [head, *(_cells(row) for row in _shown(self.rows))]
+        widths = [max(len(cells[i]) for cells in table) for i in range(len(head))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in table)
+
+
+def _shown(rows: Sequence[Compared]) -> Iterator[Compared]:
+    """All outputs of a run where there are few, else the first, those that are too far off and the worst."""
+    for _, run in groupby(rows, lambda row: (row.runtime, row.sizes)):
+        same = list(run)
+        worst = max(same, key=lambda row: row.relative)
+        yield from (row for i, row in enumerate(same) if len(same) <= _FEW or i == 0 or row is worst or not row.ok)
+
+
+def _cells(row: Compared) -> tuple[str, ...]:
+    top = "" if row.same_top is None else f"{row.same_top:.1%}"
+    numbers = (f"{row.difference:.1e}", f"{row.relative:.1e}", f"{row.bound:.0e}")
+    return row.runtime, row.sizes, row.output, *numbers, top, "ok" if row.ok else "TOO FAR"
+
+
+def check_onnx(
+    program: Program, path: str | Path, *, inputs: Sequence[Any] | None = None, library: str | Path | None = None,
+    progress: Progress = quiet,
+) -> OnnxCheck:  # fmt: skip
+    """Run the file in onnxruntime and the program in torch on ``inputs``, or on made-up ones, and compare.
+
+    ``inputs`` are example inputs as ``fxquant.compile`` takes them; without them tokens and numbers are drawn (seeded)
+    for up to three sets of dynamic sizes. With ``library``, a custom-op library, everything is run with it too. Raises
+    ExportError, naming the node where onnxruntime does, if the file cannot be loaded or run.
+    """
+    calls = [as_call(example) for example in inputs] if inputs is not None else list(made_up(program))
+    if not calls:
+        raise ExportError("no inputs could be made up that the program takes; give check_onnx(path, inputs=[...])")
+    runtimes: dict[str, str | Path | None] = {"onnxruntime": None}
+    if library is not None:
+        runtimes["with library"] = library
+    rows: list[Compared] = []
+    for name, ops_library in runtimes.items():
+        session = _session(Path(path), ops_library)
+        rounding = _rounding(program, Path(path), own_kernels=ops_library is not None)
+        for done, (args, kwargs) in enumerate(calls):
+            progress(f"check in {name}", done, len(calls))
+            rows += _compare(program, session, program.signature.bind(args, kwargs), name, rounding, Path(path))
+    progress("check", len(calls), len(calls))
+    return OnnxCheck(str(path), tuple(rows))
+
+
+def _session(path: Path, library: str | Path | None) -> Any:
+    options = onnxruntime.SessionOptions()
+    try:
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}. The file stays where it is"
+        ) from error
+
+
+def _rounding(program: Program, path: Path, *, own_kernels: bool) -> Rounding | None:
+    """What rounding does to the inputs of linears in this runtime; None where nothing is rounded."""
+    bits = 32
+    for node in onnx.load(str(path), load_external_data=False).graph.node:
+        settings = {a.name: a.i for a in node.attribute}
+        own = settings.get("activation_bits", 32) if own_kernels else 32
+        bits = min(bits, own, 8 if settings.get("accuracy_level") == 4 else 32)
+    if any(node.target in ROUNDINGS for node in program.gm.graph.nodes):
+        return Rounding(ROUNDED, _to_int8 if bits == 8 else _noise)
+    return {32: None, 16: Rounding(ROUNDED_16, _noise), 8: Rounding(ROUNDED, _to_int8)}[bits]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far a row may be off at least, and a change of the inputs of linears that shows how far more."""
+
+    least: float
+    change: Callable[[Tensor], Tensor]
+
+
+def _to_int8(x: Tensor) -> Tensor:
+    found: Tensor = ops.fake_quantize_dynamic(x, "int8/group32")
+    return found
+
+
+def _noise(x: Tensor) -> Tensor:
+    """A few units in the last place of float32."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()))
+    return x * (1 + noise.to(x) * 2.0**-22)
+
+
+class _Changed(fx.Interpreter):
+    """The program with the inputs of its linears changed."""
+
+    def __init__(self, gm: fx.GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(gm)
+        self.change = change
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in _LINEARS:
+            args = (self.change(args[0]), *args[1:])
+        return super().call_function(target, args, kwargs)
+
+
+def _compare(
+    program: Program, session: Any, flat: list[Tensor], runtime: str, rounding: Rounding | None, path: Path
+) -> Iterator[Compared]:
+    names = [item.name for item in program.signature.inputs]
+    feeds = {n: x.detach().cpu().numpy() for n, x in zip(names, flat, strict=True)}
+    with torch.no_grad():
+        outputs = program.gm(*flat)
+        noisy = outputs if rounding is None else _Changed(program.gm, rounding.change).run(*flat)
+    try:
+        found = session.run(None, feeds)
+    except Exception as error:
+        raise ExportError(f"{path} does not run in onnxruntime: {error}. The file stays where it is") from error
+    named = zip(output_names(program.signature.output), outputs, noisy, strict=True)
+    wanted = [(name, y, z) for name, y, z in named if y is not None and not isinstance(y, str)]
+    sizes = " ".join(f"{k}={v}" for k, v in program.signature.sizes(flat).items()) or "fixed"
+    for (name, y, z), got in zip(wanted, found, strict=True):
+        want = torch.as_tensor(y)
+        bound = EXACT
+        if rounding is not None:
+            noise = compared(want, torch.as_tensor(z), runtime, sizes, name, 1.0).relative
+            bound = min(max(rounding.least, 4 * noise), 1.0)
+        yield compared(want, torch.from_numpy(np.asarray(got)), runtime, sizes, name, bound)
+
+
+def compared(want: Tensor, got: Tensor, runtime: str, sizes: str, name: str, bound: float) -> Compared:
+    """How far ``got`` is from ``want``; shapes that differ are infinitely far."""
+    if want.shape != got.shape:
+        return Compared(runtime, sizes, name, float("inf"), float("inf"), bound, None)
+    if not want.numel():
+        return Compared(runtime, sizes, name, 0.0, 0.0, bound, None)
+    x, y = want.detach().double(), got.double()
+    both_nan = x.isnan() & y.isnan()
+    off = torch.where((x == y) | both_nan, torch.zeros_like(x), x - y)  # Inf - Inf is no difference
+    matrix = off.reshape(-1, x.shape[-1]) if x.dim() else off.reshape(1, 1)
+    norms = x.nan_to_num(0.0, 0.0, 0.0).reshape(matrix.shape).norm(dim=1)
+    floor = max(float(norms.max()) * 1e-3, 1e-30)
+    relative = float((matrix.norm(dim=1) / norms.clamp(min=floor)).max())
+    logits = want.is_floating_point() and x.dim() >= 2 and x.shape[-1] > 1 and ("logit" in name or x.dim() == 2)
+    top = float((x.argmax(-1) == y.argmax(-1)).double().mean()) if logits else None
+    return Compared(runtime, sizes, name, float(off.abs().max()), relative, bound, top)
+
+
+# --- inputs that are made up ------------------------------------------------------------------------------------------
+def made_up(program: Program) -> Iterator[Call]:
+    """Up to three calls at different dynamic sizes that the signature allows."""
+    signature = program.signature
+    dims = [d for item in signature.inputs for d in item.type.shape if isinstance(d, str) and d.isidentifier()]
+    names, placeholders = list(dict.fromkeys(dims)), program.gm.graph.find_nodes(op="placeholder")
+    runs, seen = 0, set[tuple[int, ...]]()
+    for pair in SIZES:
+        sizes = {name: pair[min(i, 1)] for i, name in enumerate(names)}
+        if pair == (1, 1):  # the first call of a decoder: no past yet
+            sizes |= {item.empty: 0 for item in signature.inputs if item.empty}
+        if runs == _RUNS or tuple(sizes.values()) in seen or signature.broken(sizes) is not None:
+            continue
+        seen.add(tuple(sizes.values()))
+        try:
+            pairs = zip(signature.inputs, placeholders, strict=True)
+            call = {item.name: _values(item, node, sizes) for item, node in pairs}
+            signature.bind((), call)
+        except ValueError:  # a size that another one does not go with; InputError is one too
+            continue
+        runs += 1
+        yield (), call
+
+
+def _values(item: Input, node: fx.Node, sizes: Mapping[str, int]) -> Tensor:
+    """Numbers for one input: token ids below the rows of the table that they are looked up in, masks of ones."""
+    shape = [d if isinstance(d, int) else evaluate(d, sizes) for d in item.type.shape]
+    generator = torch.Generator().manual_seed(sum(shape) + len(item.name))
+    if item.type.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(item.type.dtype)
+    if item.type.dtype == torch.bool or "mask" in item.name:
+        return torch.ones(shape, dtype=item.type.dtype)
+    if "position" in item.name and shape:
+        return torch.arange(shape[-1], dtype=item.type.dtype).expand(shape).contiguous()
+    return torch.randint(0, _rows(node) or 2, shape, generator=generator).to(item.type.dtype)
+
+
+def _rows(node: fx.Node, depth: int = 6) -> int | None:
+    """Rows of the table that ``node`` is an index into, through views and casts."""
+    for user in node.users:
+        table = {aten.embedding.default: 0, ops.embedding_wq.default: 1}.get(user.target)
+        if table is not None and user.args[1 - table] is node:
+            found = info(user.args[table]).type  # type: ignore[arg-type]
+            if isinstance(found, TensorType) and isinstance(found.shape[0], int):
+                return found.shape[0]
+        if depth and user.args and user.args[0] is node and (rows := _rows(user, depth - 1)):
+            return rows
+    return None
