@@ -48,8 +48,8 @@ def export_onnx(
 ) -> None:
     """Write ``program`` to ``path``; an existing file is replaced only once the new one is complete.
 
-    ``external_data`` puts the weights into ``<path>.data`` beside it; by default above 64 MB, which
-    onnxruntime then maps. Raises ExportError, naming the node, for what ONNX cannot express; SaveError if ``path`` cannot be written.
+    ``external_data`` puts the weights into ``<path>.data`` beside it, which onnxruntime then maps; by default above
+    64 MB. Raises ExportError, naming the node, for what ONNX cannot express; SaveError if ``path`` cannot be written.
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; expected {OPSETS[0]} to {OPSETS[-1]}, or no opset")
