@@ -30,6 +30,7 @@ TYPES = ["linear", "embedding"]
 _RESIDENT = """
 import json, re, sys
 import numpy, onnxruntime, torch
+from fxquant.codegen import ort_library
 from fxquant.generate import OnnxEngine, generate
 
 def kilobytes():
@@ -91,7 +92,7 @@ def compiled(options: argparse.Namespace, name: str, config: dict[str, Any]) -> 
     data = fxquant.evaluate.calibration_windows(loaded.tokenizer)
     q = fxquant.compile(loaded.model, loaded.example_inputs, config, calibration=data)
     q.save(folder, tokenizer=loaded.tokenizer, overwrite=True)
-    q.export_onnx(f"{folder}.onnx")
+    q.export_onnx(f"{folder}.onnx", external_data=True)  # which onnxruntime maps, where it would copy a file's own
     note.write_text(wanted)
     return folder
 
