@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from fxquant import ops, packing
+from fxquant.bulk import LARGE
+from fxquant.codegen import cpu_library
 from fxquant.codegen.cpu_library import Library, Weight, library, parallel, threads
 from fxquant.codegen.prepack import Operands
 from fxquant.codegen.remember import remember
@@ -109,6 +111,16 @@ def activation_bits(bits: int) -> Iterator[None]:
 def kernels_here() -> Library | None:
     """The kernels, None where operators are to run their reference bodies."""
     return None if _REFERENCE.get() else available()
+
+
+def at_hand(values: int) -> Library | None:
+    """The kernels where nothing needs to be compiled for them: loaded already, or, for LARGE values, in the cache.
+
+    For steps that take torch a second or less, which a compiler's half a minute would never pay for.
+    """
+    if _REFERENCE.get() or not (available.cache_info().currsize or (values >= LARGE and cpu_library.made())):
+        return None
+    return available()
 
 
 @cache

@@ -21,7 +21,7 @@ from pathlib import Path
 from fxquant.errors import KernelError
 
 NATIVE = Path(__file__).parent / "native"
-UNITS = ("exact", "rounded", "library", "ort")
+UNITS = ("exact", "rounded", "encode", "library", "ort")
 """What is compiled by itself; products are the first two."""
 
 

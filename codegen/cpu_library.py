@@ -20,8 +20,8 @@ import torch
 
 from fxquant import cache as private
 from fxquant.codegen import cpu_build
-from fxquant.codegen.cpu_build import PORTABLE, X86, InstructionSet, compiler
-from fxquant.errors import KernelError
+from fxquant.codegen.cpu_build import PORTABLE, X86, Compiler, InstructionSet, compiler
+from fxquant.errors import FxquantError, KernelError
 
 _LEAST = 1 << 19
 """Products that are worth a thread: some 30 microseconds."""
@@ -55,14 +55,62 @@ class Weight(ctypes.Structure):
     )  # fmt: skip
 
 
+class Blocks(ctypes.Structure):
+    """``fxq::Blocks`` of ``native/encode.h``."""
+
+    _fields_ = (
+        ("at", ctypes.c_void_p), ("rows", ctypes.c_int64), ("groups", ctypes.c_int64), ("high", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class Encoding(ctypes.Structure):
+    """``fxq::Encoding`` of ``native/encode.h``."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32), ("bits", ctypes.c_int32), ("mbits", ctypes.c_int32), ("lowest", ctypes.c_int32),
+        ("most", ctypes.c_int32), ("nan", ctypes.c_int32), ("no_minus", ctypes.c_int32), ("low", ctypes.c_float),
+        ("max", ctypes.c_float),
+    )  # fmt: skip
+
+
+class Matrix(ctypes.Structure):
+    """``fxq::Matrix`` of ``native/encode.h``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64), ("stride", ctypes.c_int64),
+        ("scale", Blocks), ("zero", ctypes.c_void_p), ("multiply", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class Grid(ctypes.Structure):
+    """``fxq::Grid`` of ``native/activations.h``."""
+
+    _fields_ = (("mbits", ctypes.c_int32), ("lowest", ctypes.c_int32), ("max", ctypes.c_float))
+
+
+class Activations(ctypes.Structure):
+    """``fxq::Activations`` of ``native/encode.h``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
+        ("scale", Blocks), ("grid", Grid), ("zero", ctypes.c_float), ("type", ctypes.c_int32),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Library:
-    """Compiled kernels for one instruction set: ``fxquant_linear`` and ``fxquant_rows`` of ``native/library.cpp``."""
+    """Compiled kernels for one instruction set: ``fxquant_linear`` and the others of ``native/library.cpp``."""
 
     isa: InstructionSet
     path: Path
     linear: ctypes._NamedFuncPointer
     rows: ctypes._NamedFuncPointer
+    extremes: ctypes._NamedFuncPointer
+    encode: ctypes._NamedFuncPointer
+    pack: ctypes._NamedFuncPointer
+    unpack: ctypes._NamedFuncPointer
+    round: ctypes._NamedFuncPointer
 
 
 @cache
@@ -80,12 +128,28 @@ def library(name: str = "") -> Library:
         with suppress(KernelError):  # made where other system libraries are
             return _loaded(isa, installed)
     with_ = compiler()
-    key = "\0".join([cpu_build.origin(isa), with_.path, with_.version])
-    file = f"cpu_{isa.name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    file = _file(isa, with_)
     path = private.folder() / file
     if private.read_bytes(file) is None:
         private.write_bytes(file, cpu_build.compiled(with_, isa))
     return _loaded(isa, path)
+
+
+def _file(isa: InstructionSet, with_: Compiler) -> str:
+    key = "\0".join([cpu_build.origin(isa), with_.path, with_.version])
+    return f"cpu_{isa.name}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+@cache
+def made() -> bool:
+    """Whether the library was there, in the installation or the cache, when this was first asked."""
+    isa = instruction_sets()[0]
+    if (cpu_build.NATIVE / cpu_build.file_name(isa)).exists():
+        return True
+    try:
+        return private.read_bytes(_file(isa, compiler())) is not None
+    except FxquantError:
+        return False
 
 
 def _loaded(isa: InstructionSet, path: Path) -> Library:
@@ -98,7 +162,14 @@ def _loaded(isa: InstructionSet, path: Path) -> Library:
     linear.restype, rows.restype = ctypes.c_char_p, None
     linear.argtypes = [pointer, pointer, size, size, pointer, pointer, size, count, pointer, size]
     rows.argtypes = [pointer, pointer, size, pointer, pointer, size]
-    return Library(isa, path, linear, rows)
+    encode, pack, unpack, round_ = found.fxquant_encode, found.fxquant_pack, found.fxquant_unpack, found.fxquant_round
+    encode.restype, pack.restype, unpack.restype, round_.restype = None, count, None, count
+    extremes = found.fxquant_extremes
+    extremes.restype, extremes.argtypes = None, [pointer, *[size] * 4, pointer, pointer, pointer, size]
+    encode.argtypes = [pointer, pointer, pointer, pointer, size]
+    pack.argtypes = unpack.argtypes = [pointer, size, size, size, count, pointer, pointer, size]
+    round_.argtypes = [pointer, pointer, size]
+    return Library(isa, path, linear, rows, extremes, encode, pack, unpack, round_)
 
 
 @cache

@@ -21,7 +21,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 
 from fxquant.codegen.onnx_builder import DEFAULT, Builder, Options, UnsupportedError, is_number, no_kernel, onnx_dtype
-from fxquant.codegen.onnx_file import FILE_LIMIT, writable, write
+from fxquant.codegen.onnx_file import FILE_LIMIT, MAPPED, writable, write
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
 from fxquant.codegen.onnx_metadata import described
 from fxquant.codegen.onnx_ops import BY_NAME, CONVERTERS, NO_VALUE
@@ -48,8 +48,8 @@ def export_onnx(
 ) -> None:
     """Write ``program`` to ``path``; an existing file is replaced only once the new one is complete.
 
-    ``external_data`` puts the weights into ``<path>.data`` beside it; by default only where one file could not hold
-    them. Raises ExportError, naming the node, for what ONNX cannot express; SaveError if ``path`` cannot be written.
+    ``external_data`` puts the weights into ``<path>.data`` beside it, which onnxruntime then maps; by default above
+    64 MB. Raises ExportError, naming the node, for what ONNX cannot express; SaveError if ``path`` cannot be written.
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; expected {OPSETS[0]} to {OPSETS[-1]}, or no opset")
@@ -58,7 +58,7 @@ def export_onnx(
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     if external_data is False and size > FILE_LIMIT:
         raise SaveError(f"{path}: {size} bytes of weights do not fit into one file; leave external_data at its default")
-    write(model, target, external_data=size > FILE_LIMIT if external_data is None else external_data)
+    write(model, target, external_data=size > MAPPED if external_data is None else external_data)
 
 
 def to_model(

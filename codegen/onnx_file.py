@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 from fxquant.errors import SaveError
 
+MAPPED = 64 << 20
+"""Bytes of weights from which on they get a file of their own: onnxruntime maps that, where it copies a graph's own."""
 FILE_LIMIT = 2**31 - 2**24
 """A protobuf file holds less than 2 GB; this leaves 16 MB for the graph."""
 

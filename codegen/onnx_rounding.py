@@ -7,14 +7,14 @@
     FakeQuantizeEach_<format>(x, scale[, zero_point])        scales that are given, as they broadcast over x
     FakeQuantizeEach_<format>_e4m3(x, scale, tensor_scale)   NVFP4
 
-A row of x is what shares a scale. ``_Rows`` finds scales, ``rounded`` the nearest value of a grid, the first of these:
+A row of x is what shares a scale. ``found_scale`` finds it, ``rounded`` the nearest value of a grid, by the first of:
 
     a Cast            E4M3, E5M2 and their fnuz forms, up to opset 25 (onnxruntime's Cast to FP8 is scalar code)
     Round             integers
-    Log, compared     formats without mantissa
-    |x| + c - c       other floats: c, 2^23 steps of the binade of x, from the bits of x (BitCast, opset 26), or a
-                      Where for each binade
     binary search     tables, and exponent biases that are not whole
+    compared          formats without mantissa: a Where for each boundary
+    |x| + c - c       other floats: c is 2^23 steps of the binade of x, from the bits of x (BitCast, opset 26);
+                      before opset 26 steps are counted by Round, a Where for each binade
 """
 
 from __future__ import annotations

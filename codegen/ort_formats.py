@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from fxquant.codegen.cpu_codes import grid
 from fxquant.codegen.onnx_functions import op_type
 from fxquant.formats import COMMON, Format, parse_format
-from fxquant.grids import FloatFormat, IntFormat
+from fxquant.grids import IntFormat
 
 SCALES_ONLY = ("e8m0", "ue5m3")
 FORMATS: tuple[Format, ...] = tuple(
@@ -50,13 +51,9 @@ def _row(format: Format) -> str:
 
 
 def _grid(format: Format) -> str:
-    """How activations are rounded to the format, where they can be: mantissa bits, exponent of the smallest normal
-    magnitude, largest value. Integers are multiples of 1, in a binade that none of them reaches."""
-    if isinstance(format, FloatFormat) and format.signed and isinstance(format.bias, int):
-        return f"{{{format.mbits}, {1 - format.bias}, {_number(format.max)}}}"
-    if isinstance(format, IntFormat) and format.signed:
-        return f"{{23, 23, {_number(format.max)}}}"
-    return "{}"
+    """How activations are rounded to the format, where they can be."""
+    found = grid(format)
+    return f"{{{found[0]}, {found[1]}, {_number(found[2])}}}" if found else "{}"
 
 
 def _number(value: float) -> str:

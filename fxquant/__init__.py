@@ -51,10 +51,14 @@ _PUBLIC = {
 }  # public name -> module and name there
 _MODULES = ("errors", "evaluate", "formats", "hf", "ops", "packing", "qtensor", "scheme", "sensitivity")
 
+_NATIVE = ("quantize_tensor", "packing")  # names with which come the CPU kernels of what they do
+
 __all__ = sorted((*_PUBLIC, *_MODULES))
 
 
 def __getattr__(name: str) -> Any:
+    if name in _NATIVE:
+        importlib.import_module("fxquant.codegen.cpu_codes")
     if name in _PUBLIC:
         module, attribute = _PUBLIC[name]
         return getattr(importlib.import_module(module), attribute)

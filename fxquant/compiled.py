@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxquant import store
-from fxquant.codegen import cpu, launch  # they register what operators run on a CPU and on a GPU
+from fxquant.codegen import cpu, cpu_codes, launch  # noqa: F401  what operators run on a CPU and on a GPU
 from fxquant.codegen.bind import bound
 from fxquant.codegen.fuse import fused
 from fxquant.config import Config
@@ -91,8 +91,9 @@ class CompiledModel:
         the domain fxquant elsewhere; ``fxquant`` these alone; ``standard`` these only where there is nothing else.
         ``activation_bits``: 32, or to how many (16, 8) a kernel of a linear may round its input by itself.
         ``optimize_for``: ``speed`` has onnxruntime decode weights when it loads the file, ``memory`` keep them packed.
-        ``external_data`` writes weights to ``<path>.data``; by default only above 2 GB. ``check`` runs the file and
-        compares it (``check_onnx``); ExportError where it is too far off, and the file stays.
+        ``external_data`` writes weights to ``<path>.data``, which onnxruntime maps into memory; by default above 64 MB.
+        ``check`` runs the file and compares it (``check_onnx``); ExportError where it is too far off, and the file
+        stays.
         """
         from fxquant.codegen.onnx_builder import Options  # loads onnx
         from fxquant.codegen.onnx_export import export_onnx

@@ -134,5 +134,6 @@ def _result(
     return DemoResult(
         loaded.name, loaded.quantized, CONFIG, found["float"].tokens, {name: p.value for name, p in found.items()},
         s.bytes_before, s.bytes_after, s.weight_bytes_before, s.weight_bytes_after, s.bytes_per_weight,
-        files["onnx"].stat().st_size, stages, {name: str(path) for name, path in files.items()},
+        sum(f.stat().st_size for f in (files["onnx"], Path(f"{files['onnx']}.data")) if f.exists()), stages,
+        {name: str(path) for name, path in files.items()},
     )  # fmt: skip

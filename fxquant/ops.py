@@ -41,10 +41,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxquant import packing, qtensor, scales
+from fxquant.bulk import NAMESPACE as NAMESPACE
 from fxquant.scales import Scales
 from fxquant.scheme import QuantSpec, parse_spec
 
-NAMESPACE = "fxquant"
 Shape = Sequence[int]
 Zero = Tensor | None
 Outer = Tensor | None

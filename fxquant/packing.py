@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fxquant import bulk
 from fxquant.errors import FormatError
 from fxquant.layouts import LAYOUTS, Block, Layout, Stream, parse_layout, planar, planes
 
@@ -55,6 +56,8 @@ def pack(codes: Tensor, layout: Layout | Block | str, *, scales: Tensor | None =
         return _pack_blocks(codes, scales, row)
     if scales is not None:
         raise FormatError(f"layout {row.name} has no place for scales; store them beside the codes")
+    if codes.numel() >= bulk.LARGE and row is planar(row.bits):
+        return _PACK(codes, row.bits)  # type: ignore[no-any-return]
     return _pack(codes, row)
 
 
@@ -81,7 +84,33 @@ def unpack(packed: Tensor, layout: Layout | Block | str, shape: int | tuple[int,
         )
     if isinstance(row, Block):
         return _unpack_blocks(packed, row, cols)
+    if rows * cols >= bulk.LARGE and row is planar(row.bits):
+        return _UNPACK(packed, row.bits, cols)  # type: ignore[no-any-return]
     return _unpack(packed, row, (rows, cols))
+
+
+def pack_planar(codes: Tensor, bits: int) -> Tensor:
+    """The reference of ``fxquant::pack_planar``, which is ``pack(codes, planar(bits))`` for many codes."""
+    return _pack(codes, planar(bits))
+
+
+def unpack_planar(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """The reference of ``fxquant::unpack_planar``, the inverse."""
+    return _unpack(packed, planar(bits), (packed.shape[0], cols))
+
+
+_PACK = bulk.define(
+    "pack_planar",
+    "(Tensor codes, int bits) -> Tensor",
+    pack_planar,
+    lambda codes, bits: codes.new_empty(planar(bits).packed_shape(tuple(codes.shape))),
+)
+_UNPACK = bulk.define(
+    "unpack_planar",
+    "(Tensor packed, int bits, int cols) -> Tensor",
+    unpack_planar,
+    lambda packed, bits, cols: packed.new_empty(packed.shape[0], cols),
+)
 
 
 def _row(layout: Layout | Block | str) -> Layout | Block:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxquant import packing
 from fxquant.errors import FormatError, WeightError
 from fxquant.grids import CodebookFormat
-from fxquant.scales import Clip, Ranges, Scales, choose, chunks, dequantize, extremes, power_of_two, quantize
+from fxquant.scales import Clip, Ranges, Scales, choose, dequantize, extremes, power_of_two, quantize
 from fxquant.scheme import PerChannel, PerToken, QuantSpec, parse_spec
 
 
@@ -183,9 +183,7 @@ def quantize_tensor(
     ranges = extremes(matrix, spec.block(*matrix.shape))
     _check_finite(x, ranges, name)
     scales = choose(matrix, spec, clip=clip, name=name, ranges=ranges)
-    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
-    for rows, part, own in chunks(matrix, scales, spec.block(*matrix.shape)[0]):
-        codes[rows] = quantize(part, own, spec)
+    codes = quantize(matrix, scales, spec)
     return QuantizedTensor(codes, scales.scale, scales.zero_point, spec, tuple(x.shape), scales.tensor_scale)
 
 

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fxquant import bulk
 from fxquant.errors import WeightError
 from fxquant.grids import CodebookFormat, FloatFormat
-from fxquant.scheme import Block, QuantSpec
+from fxquant.scheme import Block, QuantSpec, parse_spec
 
 Clip = Literal["absmax", "mse"]
 Ranges = tuple[Tensor, Tensor]
@@ -256,6 +257,35 @@ def quantize(matrix: Tensor, scales: Scales, spec: QuantSpec) -> Tensor:
 
     Under a tensor scale (NVFP4) x is multiplied by ``(1 / tensor_scale) / scale``, as the hardware's tools do it.
     """
+    if matrix.numel() < bulk.LARGE or isinstance(spec.format, CodebookFormat):  # whose text is not all of its table
+        return _in_chunks(matrix, scales, spec)
+    return _ENCODE(matrix, scales.scale, scales.zero_point, scales.tensor_scale, str(spec))  # type: ignore[no-any-return]
+
+
+def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, spec: str) -> Tensor:
+    """The reference of ``fxquant::encode``, which is ``quantize`` for many values."""
+    return _in_chunks(x, Scales(scale, zero_point, tensor_scale), parse_spec(spec))
+
+
+_ENCODE = bulk.define(
+    "encode",
+    "(Tensor x, Tensor scale, Tensor? zero_point, Tensor? tensor_scale, str spec) -> Tensor",
+    encode,
+    lambda x, *rest: x.new_empty(x.shape, dtype=torch.uint8),
+)
+
+
+def _in_chunks(matrix: Tensor, scales: Scales, spec: QuantSpec) -> Tensor:
+    (rows, cols), high = matrix.shape, spec.block(*matrix.shape)[0]
+    if rows * cols <= CHUNK or len(scales.scale) != -(-rows // high):
+        return _quantize(matrix, scales, spec)
+    codes = torch.empty(matrix.shape, dtype=torch.uint8, device=matrix.device)
+    for where, part, own in chunks(matrix, scales, high):
+        codes[where] = _quantize(part, own, spec)
+    return codes
+
+
+def _quantize(matrix: Tensor, scales: Scales, spec: QuantSpec) -> Tensor:
     x = matrix if matrix.dtype == torch.float64 else matrix.float()
     block = spec.block(*x.shape)
     if spec.kind.outer == "tensor" and scales.tensor_scale is not None:
@@ -290,8 +320,23 @@ def spread(scale: Tensor, block: Block, shape: tuple[int, ...] | torch.Size) -> 
 
 def extremes(matrix: Tensor, block: Block) -> Ranges:
     """Minimum and maximum of every block, float32 or float64; NaN where a block holds one."""
-    x = matrix if matrix.dtype == torch.float64 else matrix.float()
+    if matrix.numel() < bulk.LARGE:
+        return block_extremes(matrix, *block)
+    return _EXTREMES(matrix, *block)  # type: ignore[no-any-return]
+
+
+def block_extremes(matrix: Tensor, high: int, wide: int) -> Ranges:
+    """The reference of ``fxquant::extremes``, which is ``extremes`` for many values."""
+    block, x = (high, wide), matrix if matrix.dtype == torch.float64 else matrix.float()
     return block_reduce(x, block, "min"), block_reduce(x, block, "max")
+
+
+_EXTREMES = bulk.define(
+    "extremes",
+    "(Tensor matrix, int high, int wide) -> (Tensor, Tensor)",
+    block_extremes,
+    lambda x, high, wide: tuple(x.new_empty(-(-x.shape[0] // high), -(-x.shape[1] // wide)) for _ in "ab"),
+)
 
 
 def _rms(matrix: Tensor, block: Block) -> Tensor:

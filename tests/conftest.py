@@ -14,3 +14,4 @@ from fxquant.codegen import cpu
 def reference_operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("kernels") is None:
         monkeypatch.setattr(cpu, "available", lambda: None)
+        monkeypatch.setattr(cpu, "at_hand", lambda values: None)

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
-    "errors", "cache", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts",
-    "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature", "program",
-    "ops", "qdq", "producers", "calibrate", "gradients", "blocks", "verify", "eager", "sizes", "symbolic", "flatten",
-    "capture",
+    "errors", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops",
+    "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature",
+    "program", "ops", "qdq", "producers", "calibrate", "gradients", "blocks", "verify", "eager", "sizes", "symbolic",
+    "flatten", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),

@@ -1,4 +1,5 @@
 // The entries of the CPU kernels for torch, through ctypes, and which kernel a product takes.
+#include "encode.h"
 #include "kernels.h"
 #include <atomic>
 #include <initializer_list>
@@ -65,4 +66,33 @@ FXQ_VISIBLE void fxquant_rows(const fxq::Weight *w, const int64_t *index, int64_
                               fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
     fxq::rows(*w, index, count, to, {threads, fxq::run, &work});
+}
+
+FXQ_VISIBLE void fxquant_extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *least,
+                                  float *most, fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::extremes(x, rows, cols, stride, group, least, most, {threads, fxq::run, &work});
+}
+
+FXQ_VISIBLE void fxquant_encode(const fxq::Matrix *matrix, const fxq::Encoding *encoding, uint8_t *to,
+                                fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::encode(*matrix, *encoding, to, {threads, fxq::run, &work});
+}
+
+FXQ_VISIBLE int32_t fxquant_pack(const uint8_t *codes, int64_t rows, int64_t cols, int64_t stride, int32_t bits,
+                                 uint8_t *to, fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    return fxq::pack(codes, rows, cols, stride, bits, to, {threads, fxq::run, &work});
+}
+
+FXQ_VISIBLE void fxquant_unpack(const uint8_t *packed, int64_t rows, int64_t cols, int64_t stride, int32_t bits,
+                                uint8_t *to, fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::unpack(packed, rows, cols, stride, bits, to, {threads, fxq::run, &work});
+}
+
+FXQ_VISIBLE int32_t fxquant_round(const fxq::Activations *all, fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    return fxq::round_activations(*all, {threads, fxq::run, &work});
 }

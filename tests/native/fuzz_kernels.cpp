@@ -1,8 +1,10 @@
-// Random weights through fxq::linear and fxq::rows, in buffers of exactly their size, against sums in double.
+// Random weights through fxq::linear and fxq::rows, in buffers of exactly their size, against sums in double; random floats
+// through their ranges, codes, bytes and roundings.
 //
 //     fuzz_kernels SECONDS SEED      prints how many calls it made; 1, and the case, where a number is wrong
 //
 // Built with -fsanitize=address,undefined: a byte read or written beside a buffer ends the process.
+#include "encode.h"
 #include "formats.h"
 #include "packed.h"
 #include <chrono>
@@ -166,6 +168,44 @@ static int try_rows(const Case &c) {
     return 0;
 }
 
+// Codes of random floats are those of the nearest values, survive their bytes, and stand for what activations become.
+static int try_codes(const Case &c) {
+    const Grid &grid = c.format.grid;
+    if (grid.max == 0) return 0;
+    int64_t stride = c.cols + any(0, 5), all = c.rows * c.cols;
+    Buffer<float> x((c.rows - 1) * stride + c.cols, 4 * any(0, 3)), low(c.rows * c.groups), high(c.rows * c.groups);
+    for (int64_t i = 0; i < (c.rows - 1) * stride + c.cols; i++) x.data[i] = i % stride < c.cols ? normal() : NAN;
+    Threads some{any(1, 9), one_in(8) ? at_once : backwards, nullptr};
+    extremes(x.data, c.rows, c.cols, stride, c.group, low.data, high.data, some);
+    int32_t most = 0, half = 1 << (c.format.bits - 1), kind = grid.mbits == 23 ? 2 : grid.mbits ? 0 : 1;
+    while (most + 1 < half && std::isfinite(c.format.values[most + 1])) most++;
+    int32_t no_minus = std::isnan(c.format.values[half]) ? half : -1;
+    Encoding encoding{(Kind)kind, c.format.bits, grid.mbits, grid.lowest, most, -1, no_minus, -grid.max, grid.max};
+    Matrix matrix{x.data, c.rows, c.cols, stride, {c.scale.data, c.scales, c.groups, 1, c.group}, nullptr, 0};
+    Buffer<uint8_t> codes(all), packed(c.rows * row_bytes(c.format.bits, c.cols)), again(all);
+    encode(matrix, encoding, codes.data, some);
+    if (pack(codes.data, c.rows, c.cols, c.cols, c.format.bits, packed.data, some) >> c.format.bits)
+        return wrong("encode", c, 0, 0, 0, 0, NAN, 0);
+    unpack(packed.data, c.rows, c.cols, row_bytes(c.format.bits, c.cols), c.format.bits, again.data, some);
+    Buffer<float> y(all, 4 * any(0, 3)), tight(all);
+    for (int64_t i = 0; i < all; i++) tight.data[i] = x.data[i / c.cols * stride + i % c.cols];
+    Activations activations{tight.data, y.data, c.rows, c.cols, matrix.scale, grid, 0, Activation::FLOAT};
+    if (!round_activations(activations, some)) return wrong("round", c, 0, 0, 0, 0, NAN, 0);
+    for (int64_t i = 0; i < all; i++) {
+        int64_t n = i / c.cols, k = i % c.cols;
+        float scale = c.scale.data[c.at(n, k)], value = c.format.values[codes.data[i]] * scale, from = tight.data[i];
+        double least = INFINITY;
+        for (int32_t code = 0; code <= most; code++)
+            least = std::fmin(least, std::fabs(std::fabs(from) - c.format.values[code] * (double)scale));
+        if (codes.data[i] != again.data[i]) return wrong("pack", c, 0, 0, n, k, again.data[i], codes.data[i]);
+        if (!(std::fabs(value - from) <= least + 1e-6 * std::fabs(from))) return wrong("encode", c, 0, 0, n, k, value, from);
+        if (!(y.data[i] == value)) return wrong("round", c, 0, 0, n, k, y.data[i], value);
+        int64_t group = n * c.groups + k / c.group;
+        if (!(low.data[group] <= from && from <= high.data[group])) return wrong("extremes", c, 0, 0, n, k, low.data[group], from);
+    }
+    return 0;
+}
+
 int main(int count, char **given) {
     if (count != 3) return std::printf("fuzz_kernels SECONDS SEED\n"), 2;
     random_bits.seed((uint64_t)std::atoll(given[2]));
@@ -173,7 +213,7 @@ int main(int count, char **given) {
     int64_t calls = 0;
     for (; std::chrono::steady_clock::now() < end; calls++) {
         Case c = Case::random();
-        if (try_linear(c) || try_rows(c)) return 1;
+        if (try_linear(c) || try_rows(c) || try_codes(c)) return 1;
     }
     std::printf("%lld weights, nothing wrong\n", (long long)calls);
     return 0;
