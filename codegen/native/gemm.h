@@ -17,11 +17,11 @@ constexpr int64_t CHUNK = 512; // columns that many takes at a time, and of 8 ro
 constexpr int64_t PITCH = CHUNK + 16; // floats between rows of them: a power of two would put all into few sets of the cache
 constexpr int64_t MOST = 512; // rows of x that many takes at a time
 
-enum Kind { WIDE, EVEN, UNEVEN }; // a group has whole blocks; a block has whole groups; neither
+enum Spacing { WIDE, EVEN, UNEVEN }; // a group has whole blocks; a block has whole groups; neither
 
 // Where the scale of every column is, for blocks of a decoder D.
 template <class D> struct Grouping {
-    Kind kind;
+    Spacing kind;
     int64_t groups, per_block;
     std::vector<int32_t> first; // group of a block's first column
     std::vector<int32_t> uneven; // UNEVEN: group of every column in the decoder's order
