@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--weight", default="e3m2/channel")
     parser.add_argument("--types", nargs="+", default=TYPES, choices=["linear", "embedding"])
     parser.add_argument("--passes", type=json.loads, default=[], help="such as '[\"quantize_kv_cache\"]'")
+    parser.add_argument("--activation-bits", type=int, default=32, choices=[32, 16, 8], help="of the packed linears")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
@@ -61,13 +62,15 @@ def main() -> None:
     rules = [{"match": "*", "weight": options.weight, "types": options.types}, {"match": "*", "keep": True}]
     packed = compiled(options, "packed", {"rules": rules, "passes": options.passes})
     plain = compiled(options, "float32", {"rules": [{"match": "*", "keep": True}]})
+    models = [fxquant.load(packed), fxquant.load(plain)]
+    models[0].activation_bits = options.activation_bits
     pairs = {
-        "torch": (TorchEngine(fxquant.load(packed)), TorchEngine(fxquant.load(plain))),
+        "torch": tuple(TorchEngine(model) for model in models),
         "onnxruntime": tuple(OnnxEngine(f"{p}.onnx", threads=options.threads) for p in (packed, plain)),
     }
     library = "with" if hasattr(fxquant, "custom_ops_library") else "without"
-    print(f"{options.weight}, {options.prompt} tokens of prompt and {options.new} new ones, {options.threads} threads, "
-          f"onnxruntime {library} a library of native operators")  # fmt: skip
+    print(f"{options.weight}, x in {options.activation_bits} bits, {options.prompt} tokens of prompt and {options.new} new "
+          f"ones, {options.threads} threads, onnxruntime {library} a library of native operators")  # fmt: skip
     print(f"{'':24}{'best':>8} {'median':>8} tokens/s, over float32 {'best':>6} {'median':>7}   prompt, median")
     rates = measured(options, {(name, i): e for name, pair in pairs.items() for i, e in enumerate(pair)})
     for (name, i), found in rates.items():
@@ -83,7 +86,7 @@ def main() -> None:
 def compiled(options: argparse.Namespace, name: str, config: dict[str, Any]) -> Path:
     """The folder of a compiled model with its KV cache, and beside it the exported file; made where it is not there."""
     folder: Path = options.folder / name
-    wanted = json.dumps({"config": config, "model": str(options.model)})
+    wanted = json.dumps({"config": config, "model": str(options.model), "activation_bits": options.activation_bits})
     note = options.folder / f"{name}.json"
     if note.exists() and note.read_text() == wanted:
         return folder
@@ -92,7 +95,9 @@ def compiled(options: argparse.Namespace, name: str, config: dict[str, Any]) -> 
     data = fxquant.evaluate.calibration_windows(loaded.tokenizer)
     q = fxquant.compile(loaded.model, loaded.example_inputs, config, calibration=data)
     q.save(folder, tokenizer=loaded.tokenizer, overwrite=True)
-    q.export_onnx(f"{folder}.onnx", external_data=True)  # which onnxruntime maps, where it would copy a file's own
+    q.export_onnx(
+        f"{folder}.onnx", activation_bits=options.activation_bits, external_data=True
+    )  # which onnxruntime maps, where it would copy a file's own
     note.write_text(wanted)
     return folder
 
