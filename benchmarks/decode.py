@@ -69,8 +69,8 @@ def main() -> None:
         "onnxruntime": tuple(OnnxEngine(f"{p}.onnx", threads=options.threads) for p in (packed, plain)),
     }
     library = "with" if hasattr(fxquant, "custom_ops_library") else "without"
-    print(f"{options.weight}, x in {options.activation_bits} bits, {options.prompt} tokens of prompt and {options.new} new "
-          f"ones, {options.threads} threads, onnxruntime {library} a library of native operators")  # fmt: skip
+    print(f"{options.weight}, x in {options.activation_bits} bits, {options.prompt} tokens of prompt and {options.new} "
+          f"new ones, {options.threads} threads, onnxruntime {library} a library of native operators")  # fmt: skip
     print(f"{'':24}{'best':>8} {'median':>8} tokens/s, over float32 {'best':>6} {'median':>7}   prompt, median")
     rates = measured(options, {(name, i): e for name, pair in pairs.items() for i, e in enumerate(pair)})
     for (name, i), found in rates.items():
