@@ -25,6 +25,7 @@ from fxquant.codegen.onnx_file import FILE_LIMIT, MAPPED, writable, write
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
 from fxquant.codegen.onnx_metadata import described
 from fxquant.codegen.onnx_ops import BY_NAME, CONVERTERS, NO_VALUE
+from fxquant.codegen.onnx_rotary import fused
 from fxquant.codegen.onnx_standard import MICROSOFT
 from fxquant.errors import ExportError, SaveError
 from fxquant.graph import NodeInfo, ScalarType, TensorType, info
@@ -215,7 +216,8 @@ class _Exporter:
         return found
 
     def model(self, outputs: list[ir.Value], metadata: Mapping[str, str]) -> ir.Model:
-        nodes = _alive(self.builder.nodes, outputs)
+        made = self.builder.nodes
+        nodes = _alive(fused(self.builder, made) if self.options.operators == "auto" else made, outputs)
         held = [*self.initializers.values(), *self.builder.tensors]
         used = [v for v in held if any(True for _ in v.uses())]
         domains = {node.domain for node in nodes}
