@@ -13,7 +13,7 @@ int64_t row_bytes(int32_t bits, int64_t cols) {
     return bytes;
 }
 
-constexpr int64_t ROUNDED = 8; // rows of x up to which rounding them is worth while
+constexpr int64_t ROUNDED = 16; // rows of x up to which rounding them is worth while
 
 const char *linear(const Weight &w, const float *x, int64_t M, int64_t x_stride, const float *bias, float *y,
                    int64_t y_stride, int32_t activation_bits, const Threads &threads) {
