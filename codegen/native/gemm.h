@@ -1,7 +1,7 @@
 // y = x W^T in float32: one row of x, a few, or many. Every y[m][n] is summed in an order that depends on nothing but the
 // shape: the same bits for any number of threads.
 //
-//     one    a dot product along k; what a block adds up to is scaled             reads W at the speed of memory
+//     one    a dot product along k; what a block adds up to is scaled
 //     few    rows of W against up to 12 rows of x, four at a time
 //     many   a strip of W is decoded to floats, then multiplied by panels of x in which neighbours are rows
 #pragma once
@@ -23,9 +23,9 @@ enum Spacing { WIDE, EVEN, UNEVEN }; // a group has whole blocks; a block has wh
 template <class D> struct Grouping {
     Spacing kind;
     int64_t groups, per_block;
-    std::vector<int32_t> first; // group of a block's first column
-    std::vector<int32_t> uneven; // UNEVEN: group of every column in the decoder's order
-    int32_t lane[D::HALVES][LANES]; // EVEN: group of a lane, counted from the first of the block
+    std::vector<int32_t> first;       // group of a block's first column
+    std::vector<int32_t> uneven;      // UNEVEN: group of every column in the decoder's order
+    int32_t lane[D::HALVES][LANES]{}; // EVEN: group of a lane, counted from the first of the block
 
     explicit Grouping(const Weight &w) : groups(ceil_div(w.cols, w.group)) {
         const int64_t g = w.group, blocks = ceil_div(w.cols, D::BLOCK);

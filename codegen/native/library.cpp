@@ -59,40 +59,40 @@ FXQ_VISIBLE const char *fxquant_linear(const fxq::Weight *w, const float *x, int
                                        const float *bias, float *y, int64_t y_stride, int32_t activation_bits,
                                        fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
-    return fxq::linear(*w, x, M, x_stride, bias, y, y_stride, activation_bits, {threads, fxq::run, &work});
+    return fxq::linear(*w, x, M, x_stride, bias, y, y_stride, activation_bits, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_rows(const fxq::Weight *w, const int64_t *index, int64_t count, float *to,
                               fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
-    fxq::rows(*w, index, count, to, {threads, fxq::run, &work});
+    fxq::rows(*w, index, count, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *least,
                                   float *most, fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
-    fxq::extremes(x, rows, cols, stride, group, least, most, {threads, fxq::run, &work});
+    fxq::extremes(x, rows, cols, stride, group, least, most, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_encode(const fxq::Matrix *matrix, const fxq::Encoding *encoding, uint8_t *to,
                                 fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
-    fxq::encode(*matrix, *encoding, to, {threads, fxq::run, &work});
+    fxq::encode(*matrix, *encoding, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE int32_t fxquant_pack(const uint8_t *codes, int64_t rows, int64_t cols, int64_t stride, int32_t bits,
                                  uint8_t *to, fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
-    return fxq::pack(codes, rows, cols, stride, bits, to, {threads, fxq::run, &work});
+    return fxq::pack(codes, rows, cols, stride, bits, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_unpack(const uint8_t *packed, int64_t rows, int64_t cols, int64_t stride, int32_t bits,
                                 uint8_t *to, fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
-    fxq::unpack(packed, rows, cols, stride, bits, to, {threads, fxq::run, &work});
+    fxq::unpack(packed, rows, cols, stride, bits, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE int32_t fxquant_round(const fxq::Activations *all, fxq::Parallel parallel, int64_t threads) {
     fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
-    return fxq::round_activations(*all, {threads, fxq::run, &work});
+    return fxq::round_activations(*all, {fxq::run, &work});
 }

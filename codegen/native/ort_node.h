@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 namespace fxq {
@@ -196,10 +195,7 @@ class Pool {
   public:
     Pool(const Node &node, ort::KernelContext *context) : api(node.api()), context(context) {}
 
-    Threads threads() {
-        static const int64_t count = std::max<int64_t>(1, std::thread::hardware_concurrency());
-        return Threads{count, run, this};
-    }
+    Threads threads() { return Threads{run, this}; }
 
     static void run(void *host, int64_t count, void (*piece)(void *data, int64_t i), void *data) {
         const Pool &pool = *static_cast<Pool *>(host);

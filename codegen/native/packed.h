@@ -24,9 +24,8 @@ struct Weight {
 };
 
 // Threads of the host: run calls piece(data, i) for every i < pieces, in any order, at the same time, and comes back when
-// all are done. It must not throw. count: how many pieces are worth making.
+// all are done. It must not throw.
 struct Threads {
-    int64_t count;
     void (*run)(void *host, int64_t pieces, void (*piece)(void *data, int64_t i), void *data);
     void *host;
 };
@@ -35,9 +34,8 @@ struct Threads {
 int64_t row_bytes(int32_t bits, int64_t cols);
 
 // y[m][n] = sum over k of x[m][k] W[n][k] + bias[n] for x [M][cols] and y [M][rows], rows of either so many floats apart;
-// bias may be null. Sums are float32 (activation_bits 32), or x is rounded to 16 or 8 bits, a scale for each row and 64
-// columns, where the format's numbers are whole multiples of a small one (else 32). The same bits for any number of
-// threads. Null when it is done, else why it is not (memory for a panel ran out).
+// bias may be null. Sums are float32 (activation_bits 32), or x may be rounded to 16 or 8 bits, a scale for each row and 8
+// columns, where there is a kernel for that (rounded.cpp). The same bits for any number of threads. Null when it is done, else why it is not (memory for a panel ran out).
 const char *linear(const Weight &w, const float *x, int64_t M, int64_t x_stride, const float *bias, float *y,
                    int64_t y_stride, int32_t activation_bits, const Threads &threads);
 

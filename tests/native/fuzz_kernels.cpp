@@ -121,7 +121,7 @@ static int try_linear(const Case &c) {
     for (int64_t i = 0; i < (M - 1) * x_stride + c.cols; i++) x.data[i] = i % x_stride < c.cols ? normal() : NAN;
     for (int64_t n = 0; n < c.rows; n++) bias.data[n] = normal();
     if (one_in(20)) x.data[any(0, c.cols - 1)] = one_in(2) ? NAN : INFINITY;
-    Threads some{any(1, 9), backwards, nullptr}, others{any(1, 9), one_in(8) ? at_once : backwards, nullptr};
+    Threads some{backwards, nullptr}, others{one_in(8) ? at_once : backwards, nullptr};
     const float *plus = with_bias ? bias.data : nullptr;
     if (linear(w, x.data, M, x_stride, plus, y.data, y_stride, (int32_t)bits, some)) return 0; // no memory
     if (linear(w, x.data, M, x_stride, plus, again.data, y_stride, (int32_t)bits, others)) return 0;
@@ -159,7 +159,7 @@ static int try_rows(const Case &c) {
     Buffer<int64_t> index(count);
     Buffer<float> to(count * c.cols, 4 * any(0, 3));
     for (int64_t i = 0; i < count; i++) index.data[i] = any(0, c.rows - 1);
-    rows(c.weight(), index.data, count, to.data, Threads{any(1, 9), one_in(8) ? at_once : backwards, nullptr});
+    rows(c.weight(), index.data, count, to.data, Threads{one_in(8) ? at_once : backwards, nullptr});
     for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; k < c.cols; k++) {
             float got = to.data[i * c.cols + k], want = c.value(index.data[i], k);
@@ -175,7 +175,7 @@ static int try_codes(const Case &c) {
     int64_t stride = c.cols + any(0, 5), all = c.rows * c.cols;
     Buffer<float> x((c.rows - 1) * stride + c.cols, 4 * any(0, 3)), low(c.rows * c.groups), high(c.rows * c.groups);
     for (int64_t i = 0; i < (c.rows - 1) * stride + c.cols; i++) x.data[i] = i % stride < c.cols ? normal() : NAN;
-    Threads some{any(1, 9), one_in(8) ? at_once : backwards, nullptr};
+    Threads some{one_in(8) ? at_once : backwards, nullptr};
     extremes(x.data, c.rows, c.cols, stride, c.group, low.data, high.data, some);
     int32_t most = 0, half = 1 << (c.format.bits - 1), kind = grid.mbits == 23 ? 2 : grid.mbits ? 0 : 1;
     while (most + 1 < half && std::isfinite(c.format.values[most + 1])) most++;
