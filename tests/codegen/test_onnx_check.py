@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import fxquant
+from fxquant.capture import capture
 from fxquant.cli import app
 from fxquant.codegen.onnx_builder import Options
 from fxquant.codegen.onnx_check import EXACT, ROUNDED, check_onnx, compared, made_up
@@ -131,7 +132,8 @@ def test_export_with_check(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     compiled_model = fxquant.load(folder)
     with pytest.warns(UserWarning, match="checked without fxquant's custom-op library: there is none"):
         compiled_model.export_onnx(tmp_path / "m.onnx", check=True)
-    monkeypatch.setattr("fxquant.codegen.onnx_check.EXACT", 0.0)
+    for name in ("EXACT", "UNSURE"):
+        monkeypatch.setattr(f"fxquant.codegen.onnx_check.{name}", 0.0)
     with pytest.raises(ExportError, match="was written, and does not compute what the model does"):
         compiled_model.export_onnx(tmp_path / "far.onnx", check=True)
     assert (tmp_path / "far.onnx").is_file()
@@ -150,7 +152,8 @@ def test_command_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "opset 26" in shown
     assert "fxquant.LinearBias_int4" in shown
     assert run(app, ["inspect", str(tmp_path / "n.onnx"), "--layers"]).exit_code == 2
-    monkeypatch.setattr("fxquant.codegen.onnx_check.EXACT", 0.0)
+    for name in ("EXACT", "UNSURE"):
+        monkeypatch.setattr(f"fxquant.codegen.onnx_check.{name}", 0.0)
     done = run(app, ["export", str(folder), "-o", str(tmp_path / "far.onnx"), "--check"])
     assert done.exit_code == 1
     assert "TOO FAR" in done.stdout
@@ -181,3 +184,30 @@ def test_the_digest_is_of_every_bit() -> None:
         return compiled(model, (torch.randn(3, 8),), "e3m2/channel")
 
     assert digest(program(0.0)) == digest(program(0.0)) != digest(program(1.0))
+
+
+def test_where_torch_is_unsure_itself_more_is_allowed_but_not_anything(tmp_path: Path) -> None:
+    """The difference of two numbers that are almost the same: no bit of it means much, and a wrong one is far off."""
+
+    class Difference(torch.nn.Module):
+        def __init__(self, off: float = 0.0) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 8)
+            self.off = off
+            with torch.no_grad():
+                self.linear.weight.copy_(1 + 1e-6 * torch.rand(8, 64, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.linear(x)
+            return (y - x.sum(-1, keepdim=True)) * (1 + self.off)
+
+    x = (1 + torch.rand(3, 64, generator=torch.Generator().manual_seed(1)),)
+    model = Difference()
+    program = capture(model, x)
+    for off, ok in ((2e-4, True), (0.5, False)):
+        other = Difference(off)
+        other.load_state_dict(model.state_dict())
+        export_onnx(capture(other, x), tmp_path / "m.onnx")
+        checked = check_onnx(program, tmp_path / "m.onnx", inputs=[x])
+        assert checked.ok == ok, checked
+        assert 1e-4 < checked.rows[0].bound <= 1e-2
