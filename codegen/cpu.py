@@ -47,14 +47,8 @@ def linear_wq(
     shape: Sequence[int], tensor_scale: Tensor | None = None, exponent_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``ops.linear_wq`` for CPU tensors."""
-    if (
-        not _REFERENCE.get()
-        and x.dtype in _DTYPES
-        and x.numel()
-        and x.shape[-1] == shape[-1]
-        and len(shape) == 2
-        and (kernels := available())
-    ):
+    fits = x.dtype in _DTYPES and x.numel() and x.shape[-1] == shape[-1] and len(shape) == 2
+    if fits and (kernels := kernels_here()):
         operands = Operands(packed, scale, zero_point, spec, tuple(shape), tensor_scale, exponent_bias)
         weight = packed_weight(operands)
         if weight is not None and works(weight.format):
@@ -67,7 +61,7 @@ def embedding_wq(
     tensor_scale: Tensor | None = None, *, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """``ops.embedding_wq`` for CPU tensors."""
-    if not _REFERENCE.get() and indices.numel() and len(shape) == 2 and (kernels := available()):
+    if indices.numel() and len(shape) == 2 and (kernels := kernels_here()):
         weight = packed_weight(Operands(packed, scale, zero_point, spec, tuple(shape), tensor_scale))
         if weight is not None and works(weight.format):
             index = indices.reshape(-1).long().contiguous()

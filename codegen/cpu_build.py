@@ -23,8 +23,6 @@ from fxquant.errors import KernelError
 NATIVE = Path(__file__).parent / "native"
 UNITS = ("exact", "rounded", "encode", "library", "ort")
 """What is compiled by itself; products are the first two."""
-
-
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fvisibility=hidden")
 _SECONDS = 300
 """How long the compiler may take."""

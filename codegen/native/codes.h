@@ -41,24 +41,27 @@ struct alignas(64) Tables {
     uint8_t high[256], low[256];
     float values[256];
     bool upper;                  // no float has a bit below those two bytes
-    int shift = -1;              // 8 bits: by which a code has the fields of a float16, the number / factor
+    int shift = -1;              // of 8 bits, by which a code has the fields of a float16, the number / factor
     float factor = 1;
     int nan = -1;                // the magnitude that is not a number, though the float16 is
 
     Tables(const float *numbers, int bits) : upper(true) {
         for (int i = 0; i < 256; i++) {
-            uint32_t float_bits;
             values[i] = numbers[i & ((1 << bits) - 1)];
-            std::memcpy(&float_bits, &values[i], 4);
+            const uint32_t float_bits = bits_of(values[i]);
             words[i] = (uint16_t)(float_bits >> 16);
             high[i] = (uint8_t)(float_bits >> 24), low[i] = (uint8_t)(float_bits >> 16);
             upper = upper && !(float_bits & 0xFFFF);
         }
-        for (int up = 2; bits == 8 && shift < 0 && up < 10; up++) { // E5M2 has its mantissa 8 bits below, E4M3 7, ...
-            factor = values[64] / half_to_float((uint16_t)(64 << up));
-            nan = values[127] != values[127] && values[126] == values[126] ? 127 : -1;
+    }
+
+    bool find_shift() { // E5M2 has its mantissa 8 bits below, E4M3 7, ...
+        nan = values[127] != values[127] && values[126] == values[126] ? 127 : -1;
+        for (int up = 2; shift < 0 && up < 10; up++) {
+            factor = values[64] / from_half((uint16_t)(64 << up));
             if (shifted(up)) shift = up;
         }
+        return shift >= 0;
     }
 
     bool mirrored() const { // the upper half is the lower one with the sign
@@ -69,7 +72,7 @@ struct alignas(64) Tables {
 
     bool shifted(int up) const {
         for (int i = 0; i < 256; i++) {
-            const float is = half_to_float((uint16_t)((i & 0x80) << 8 | (i & 0x7F) << up)) * factor;
+            const float is = from_half((uint16_t)((i & 0x80) << 8 | (i & 0x7F) << up)) * factor;
             if ((i & 0x7F) == nan ? values[i] == values[i] : std::memcmp(&is, &values[i], 4)) return false;
         }
         return true;

@@ -5,7 +5,7 @@ namespace fxq {
 
 // Calls what(D) for the decoder of w's numbers.
 template <int BITS, class What> static void with_decoder_of(const Weight &w, What what) {
-    const Tables tables(w.values, BITS);
+    Tables tables(w.values, BITS);
 #if FXQ_AVX512
     if constexpr (BITS == 8) {
         if (tables.upper && tables.mirrored()) return what(std::common_type<ByUpper<8, true>>{}, tables);
@@ -21,7 +21,7 @@ template <int BITS, class What> static void with_decoder_of(const Weight &w, Wha
     } else if constexpr (BITS == 8) {
         if (tables.whole(true)) return what(std::common_type<ByShift<true, true>>{}, tables);
         if (tables.whole(false)) return what(std::common_type<ByShift<true, false>>{}, tables);
-        if (tables.shift >= 0) return what(std::common_type<ByShift<false, false>>{}, tables);
+        if (tables.find_shift()) return what(std::common_type<ByShift<false, false>>{}, tables);
     }
 #endif
     return what(std::common_type<ByTable<BITS>>{}, tables);

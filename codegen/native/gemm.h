@@ -48,7 +48,7 @@ template <class D> struct Grouping {
 };
 
 static inline float scale_at(const Weight &w, int64_t i) {
-    return w.half_scale ? half_to_float(static_cast<const uint16_t *>(w.scale)[i])
+    return w.half_scale ? from_half(static_cast<const uint16_t *>(w.scale)[i])
                         : static_cast<const float *>(w.scale)[i];
 }
 
@@ -140,14 +140,14 @@ template <class D> struct Product {
     const float *x, *bias;
     int64_t M, x_stride, y_stride;
     float *y;
-    const Tables &tables;
+    const Tables *tables; // of the decoder, null where there is none
     Grouping<D> grouping;
     int64_t blocks, step, width; // step: blocks that few takes at a time; width: rows of x side by side in a panel of many
     Room<float> arranged; // one: [K']  few: [chunk][M][pitch]  many: [chunk][panel][CHUNK][width]
     Room<float> lanes;    // one, with zero points: what the lanes of x add up to, [blocks][HALVES][LANES]
     const char *failed = nullptr;
 
-    Product(const Weight &w, const Tables &tables, const float *x, int64_t M, int64_t x_stride, const float *bias,
+    Product(const Weight &w, const Tables *tables, const float *x, int64_t M, int64_t x_stride, const float *bias,
             float *y, int64_t y_stride)
         : w(w), x(x), bias(bias), M(M), x_stride(x_stride), y_stride(y_stride), y(y), tables(tables), grouping(w),
           blocks(ceil_div(w.cols, D::BLOCK)), step(0), width(0) {}
@@ -160,7 +160,7 @@ template <class D> struct Product {
 // --- one row of x ---------------------------------------------------------------------------------------------------
 template <class D, bool ZERO> static void one_piece(void *data, int64_t piece) {
     const Product<D> &p = *static_cast<const Product<D> *>(data);
-    const D decode(p.tables);
+    const D decode(*p.tables);
     Scales<D> scales(p.w, p.grouping);
     for (int64_t n = p.first(piece); n < p.last(piece); n++) {
         const Row row = row_of(p.w, n);
@@ -242,7 +242,7 @@ __attribute__((noinline)) static void few_rows(const D &decode, const Scales<D> 
 
 template <class D> static void few_piece(void *data, int64_t piece) {
     Product<D> &p = *static_cast<Product<D> *>(data);
-    const D decode(p.tables);
+    const D decode(*p.tables);
     Scales<D> scales(p.w, p.grouping);
     const int64_t step = p.step, pitch = step * D::BLOCK + PITCH - CHUNK;
     const Room<floats> totals(STRIP * p.M);
@@ -309,7 +309,7 @@ __attribute__((noinline)) static void corner(const float *w, const float *x, int
 
 template <class D> static void many_piece(void *data, int64_t piece) {
     Product<D> &p = *static_cast<Product<D> *>(data);
-    const D decode(p.tables);
+    const D decode(*p.tables);
     Scales<D> scales(p.w, p.grouping);
     constexpr int64_t STEP = CHUNK / D::BLOCK;
     const int64_t panels = ceil_div(p.M, p.width), stride = panels * p.width;
@@ -416,7 +416,7 @@ template <class D>
 static const char *multiply(const Weight &w, const Tables &tables, const float *x, int64_t M, int64_t x_stride,
                             const float *bias, float *y, int64_t y_stride, const Threads &threads) {
     for (int64_t m = 0; m < M; m += MOST) {
-        Product<D> p(w, tables, x + m * x_stride, least(MOST, M - m), x_stride, bias, y + m * y_stride, y_stride);
+        Product<D> p(w, &tables, x + m * x_stride, least(MOST, M - m), x_stride, bias, y + m * y_stride, y_stride);
         if (p.M > FEW) {
             many(p, threads);
         } else if constexpr (D::HALVES <= 2) {

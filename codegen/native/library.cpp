@@ -33,10 +33,12 @@ typedef void (*Parallel)(void (*)(void *), void *, unsigned threads, unsigned fl
 struct Work {
     Parallel parallel;
     int64_t threads;
-    std::atomic<int64_t> next;
-    int64_t pieces;
-    void (*piece)(void *, int64_t);
-    void *data;
+    std::atomic<int64_t> next{0};
+    int64_t pieces = 0;
+    void (*piece)(void *, int64_t) = nullptr;
+    void *data = nullptr;
+
+    Work(Parallel parallel, int64_t threads) : parallel(parallel), threads(threads) {}
 };
 
 static void take(void *given) {
@@ -58,41 +60,41 @@ static void run(void *host, int64_t pieces, void (*piece)(void *, int64_t), void
 FXQ_VISIBLE const char *fxquant_linear(const fxq::Weight *w, const float *x, int64_t M, int64_t x_stride,
                                        const float *bias, float *y, int64_t y_stride, int32_t activation_bits,
                                        fxq::Parallel parallel, int64_t threads) {
-    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::Work work(parallel, threads);
     return fxq::linear(*w, x, M, x_stride, bias, y, y_stride, activation_bits, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_rows(const fxq::Weight *w, const int64_t *index, int64_t count, float *to,
                               fxq::Parallel parallel, int64_t threads) {
-    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::Work work(parallel, threads);
     fxq::rows(*w, index, count, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *least,
                                   float *most, fxq::Parallel parallel, int64_t threads) {
-    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::Work work(parallel, threads);
     fxq::extremes(x, rows, cols, stride, group, least, most, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_encode(const fxq::Matrix *matrix, const fxq::Encoding *encoding, uint8_t *to,
                                 fxq::Parallel parallel, int64_t threads) {
-    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::Work work(parallel, threads);
     fxq::encode(*matrix, *encoding, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE int32_t fxquant_pack(const uint8_t *codes, int64_t rows, int64_t cols, int64_t stride, int32_t bits,
                                  uint8_t *to, fxq::Parallel parallel, int64_t threads) {
-    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::Work work(parallel, threads);
     return fxq::pack(codes, rows, cols, stride, bits, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_unpack(const uint8_t *packed, int64_t rows, int64_t cols, int64_t stride, int32_t bits,
                                 uint8_t *to, fxq::Parallel parallel, int64_t threads) {
-    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::Work work(parallel, threads);
     fxq::unpack(packed, rows, cols, stride, bits, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE int32_t fxquant_round(const fxq::Activations *all, fxq::Parallel parallel, int64_t threads) {
-    fxq::Work work{parallel, threads, {0}, 0, nullptr, nullptr};
+    fxq::Work work(parallel, threads);
     return fxq::round_activations(*all, {fxq::run, &work});
 }

@@ -260,13 +260,13 @@ template <int BITS, class How, bool ZERO> static void rounded_piece(void *data, 
 }
 
 template <int BITS, class How>
-static const char *multiply_rounded(const Weight &w, const Wholes &wholes, const float *x, int64_t M, int64_t x_stride,
-                                    const float *bias, float *y, int64_t y_stride, const Threads &threads) {
-    const Tables tables(w.values, w.bits);
-    RoundedProduct<BITS, How> p(w, tables, x, M, x_stride, bias, y, y_stride);
+static bool multiply_rounded(const Weight &w, const Wholes &wholes, const float *x, int64_t M, int64_t x_stride,
+                             const float *bias, float *y, int64_t y_stride, const Threads &threads, const char **failed) {
+    RoundedProduct<BITS, How> p(w, nullptr, x, M, x_stride, bias, y, y_stride);
+    if (p.grouping.kind == UNEVEN) return false;
     p.wholes = &wholes;
     p.x = Room<typename How::Block>(M * p.blocks);
-    if (!p.x) return NO_MEMORY;
+    if (!p.x) return *failed = NO_MEMORY, true;
     for (int64_t m = 0; m < M; m++) {
         bool finite = true;
         auto *blocks = p.x + m * p.blocks;
@@ -278,18 +278,16 @@ static const char *multiply_rounded(const Weight &w, const Wholes &wholes, const
     if constexpr (How::ZEROS)
         if (w.zero) piece = rounded_piece<BITS, How, true>;
     threads.run(threads.host, p.pieces(), piece, &p);
-    return nullptr;
+    return true;
 }
 
 template <int BITS>
 static bool rounded_of(const Weight &w, const float *x, int64_t M, int64_t x_stride, const float *bias, float *y,
                        int64_t y_stride, int32_t activation_bits, const Threads &threads, const char **failed) {
-    if (Grouping<Lanes<BITS>>(w).kind == UNEVEN) return false;
     const Wholes wholes(w.values, BITS);
     const auto with = [&](auto how) {
         typedef typename decltype(how)::type How;
-        *failed = multiply_rounded<BITS, How>(w, wholes, x, M, x_stride, bias, y, y_stride, threads);
-        return true;
+        return multiply_rounded<BITS, How>(w, wholes, x, M, x_stride, bias, y, y_stride, threads, failed);
     };
     if (wholes.bytes == 1)
         return activation_bits == 8 ? with(std::common_type<Bytes<BITS, 1>>{}) : with(std::common_type<Bytes<BITS, 2>>{});

@@ -1,5 +1,6 @@
 // The compiler's vector types, and what the kernels do with vectors of floats. One source for every instruction set.
 #pragma once
+#include "activations.h"
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -43,20 +44,6 @@ static inline float sum(floats v) {
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 #endif
-}
-
-static inline float half_to_float(uint16_t h) {
-    const uint32_t one = 113u << 23;
-    uint32_t bits = (uint32_t)(h & 0x7FFF) << 13, exponent = bits & 0x0F800000u;
-    float value, less = 0;
-    if (exponent == 0) { // a subnormal, as (1 + m) - 1 in units of 2^-14
-        bits += one;
-        std::memcpy(&less, &one, sizeof less);
-    } else {
-        bits += exponent == 0x0F800000u ? 224u << 23 : 112u << 23;
-    }
-    std::memcpy(&value, &bits, sizeof value);
-    return h & 0x8000 ? -(value - less) : value - less;
 }
 
 // Numbers that begin at a cache line: a vector across two lines takes two loads. Not initialized; null where memory ran out.
