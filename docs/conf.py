@@ -19,7 +19,6 @@ pygments_dark_style = "github-dark"
 
 myst_heading_anchors = 4  # links such as config.md#gptq
 copybutton_prompt_text = "$ "
-suppress_warnings = ["toc.empty_glob"]  # index.md names pages by patterns
 
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

@@ -3,7 +3,7 @@
 ``{fxquant-cli}``: every command of the typer app with its arguments, options and examples. ``.. fxquant-api:: functions``
 (or ``classes``, ``data``, ``modules``): what is in ``fxquant.__all__`` of that kind, so that no list has to be kept.
 Docstrings are plain text with double backticks and ``::`` blocks: characters that mean something else in
-reStructuredText are escaped, indented blocks are shown as they are.
+reStructuredText are escaped, indented blocks are shown as they are. ``index.md`` is given the pages it does not name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import fxquant
@@ -27,9 +28,18 @@ KINDS = ("functions", "classes", "data", "modules")
 def setup(application: Sphinx) -> dict[str, bool]:
     application.add_directive("fxquant-cli", Commands)
     application.add_directive("fxquant-api", PublicNames)
+    application.connect("source-read", name_other_pages)
     application.connect("autodoc-process-docstring", plain_docstring)
     application.connect("autodoc-skip-member", skip_pydantic)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def name_other_pages(application: Sphinx, page: str, content: list[str]) -> None:
+    """Put the pages that index.md does not name into its navigation, where it says so: no page is left out."""
+    if page == "index":
+        named = {page, *content[0].split()}
+        others = sorted(path.stem for path in Path(application.srcdir).glob("*.md") if path.stem not in named)
+        content[0] = content[0].replace("(all other pages)", "\n".join(others))
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
