@@ -1,7 +1,7 @@
 """Directives that write the reference pages from the package itself.
 
-``{fxquant-cli}``: every command of the typer app with its arguments, options and examples. ``.. fxquant-api:: functions``
-(or ``classes``, ``data``, ``modules``): what is in ``fxquant.__all__`` of that kind, so that no list has to be kept.
+``{fxquant-cli}``: every command of the typer app, its arguments, options and examples. ``.. fxquant-api:: functions``,
+``classes``, ``data``, ``modules``: what is in ``fxquant.__all__`` of that kind, so that no list has to be kept.
 Docstrings are plain text with double backticks and ``::`` blocks: characters that mean something else in
 reStructuredText are escaped, indented blocks are shown as they are. ``index.md`` is given the pages it does not name.
 """
@@ -15,12 +15,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import fxquant
 from docutils import nodes
-from fxquant.cli import app
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from typer.main import get_command
+
+import fxquant
+from fxquant.cli import app
 
 KINDS = ("functions", "classes", "data", "modules")
 
