@@ -35,6 +35,11 @@ class Histogram:
     def total(self) -> int:
         return sum(self.counts) + self.below + self.above
 
+    @property
+    def outside(self) -> float:
+        """The share of values that lie outside the range."""
+        return (self.below + self.above) / self.total if self.total else 0.0
+
 
 def histogram(x: Tensor, low: float | None = None, high: float | None = None, *, unit: Unit = "value") -> Histogram:
     """The histogram of all values of ``x``; without limits, between those that 1 in 1000 lie below and above."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 CORE = (
     "errors", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops",
     "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature",
-    "observations", "program", "ops", "qdq", "producers", "calibrate", "observe", "gradients",
+    "observations", "program", "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients",
     "blocks", "verify", "eager", "sizes", "symbolic",
     "flatten", "capture",
 )  # fmt: skip
@@ -37,7 +37,8 @@ GROUP_OF = {
     "document": "store", "encoding": "store", "observed": "store", "targets": "store",
     "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
-    "allocation": "pipeline", "kernels": "pipeline",
+    "allocation": "pipeline", "kernels": "pipeline", "comparison": "pipeline", "counterparts": "pipeline",
+    "deviations": "pipeline",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
     "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip

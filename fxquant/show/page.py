@@ -14,7 +14,7 @@ from fxquant.graph import info
 from fxquant.observations import Candidate, Histogram, LayerObservation, Observations
 from fxquant.program import Program
 from fxquant.scheme import parse_spec
-from fxquant.show.summary import LayerSummary, Summary, labelled
+from fxquant.show.summary import LayerSummary, Summary
 from fxquant.show.text import Stories, describe_spec
 
 BUDGET = {"lines": 2_600_000, "stories": 1_000_000, "observed": 700_000}
