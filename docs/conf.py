@@ -1,4 +1,4 @@
-"""The site: Sphinx over the Markdown of this folder; ``make docs`` builds it, warnings are errors, nothing is fetched."""
+"""The site: Sphinx over the Markdown of this folder. ``make docs`` builds it, strictly and without network."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from fxquant.show import html, summary, text
 if TYPE_CHECKING:
     from fxquant.codegen.onnx_builder import ActivationBits, Operators, OptimizeFor
     from fxquant.codegen.onnx_check import OnnxCheck
+    from fxquant.show.numerics import Comparison
 
 
 class CompiledModel:
@@ -146,6 +147,17 @@ class CompiledModel:
     def explain(self, layer: str) -> str:
         """The story of one layer: its format, what every pass did to it, and why it stayed in float if it did."""
         return text.explain(self.program, layer)
+
+    def compare(self, model: Any, inputs: Any = None, *, seed: int = 0, progress: Progress = quiet) -> Comparison:
+        """Run this model and the float ``model`` it was compiled from side by side, and rank layers by their error.
+
+        ``inputs``: token windows ``[n, length]``, batches, or one batch as a dict; by default they are drawn with
+        ``seed``. ``str`` of the result is a table. Raises InputError where ``model`` is another one
+        (``comparison.compare``).
+        """
+        from fxquant.comparison import compare
+
+        return compare(self, model, inputs, seed=seed, progress=progress)
 
     def __repr__(self) -> str:
         return f"CompiledModel({len(self.program.gm.graph.nodes)} nodes, {len(self.program.trace)} passes)"
