@@ -145,7 +145,8 @@ _SPECIAL = re.compile(r"([*|`\\]|_\b)")
 
 def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Make the lines of a docstring valid reStructuredText that shows the same text."""
-    lines[:] = list(_plain(lines))
+    if not any(line.startswith(".. ") for line in lines):  # torch's own are reStructuredText
+        lines[:] = list(_plain(lines))
 
 
 def _plain(lines: list[str]) -> Iterator[str]:
