@@ -70,7 +70,7 @@ def commands_text() -> Iterator[str]:
 
 
 def commands_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command with its name; those of a group, such as ``config init``, after the group if that does something."""
+    """Every command with its name; those of a group, such as ``config init``, after the group if it does something."""
     for name, command in group.commands.items():
         if getattr(command, "invoke_without_command", True):  # commands have no such attribute
             yield f"{prefix}{name}", command
