@@ -30,6 +30,7 @@ from pydantic import (
 
 from fxquant.errors import ConfigError, near
 from fxquant.methods import METHODS, MethodOptions, method_options
+from fxquant.recipes import ROWS
 from fxquant.scheme import LayerRule, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, parse_spec
 
 
@@ -185,82 +186,17 @@ def _spec_of(value: str | WeightConfig) -> QuantSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config with a name and a line that says what it is."""
+    """A config with a name, a line that says what it is, where it comes from, and how it differs from that."""
 
     name: str
     summary: str
     config: Config
-
-
-def _uniform(
-    name: str, weight: str, summary: str, *, activation: str | None = None, passes: Mapping[str, Any] | None = None
-) -> Recipe:
-    rule = RuleConfig(match="*", weight=weight, activation=activation)
-    return Recipe(name, summary, Config(rules=(rule,), passes=tuple({k: v} for k, v in (passes or {}).items())))
-
-
-_GPTQ = {"gptq": {"float_targets": True}}
-
-
-def _w4a8(name: str, weight: str, summary: str) -> Recipe:
-    return _uniform(name, weight, summary, activation="e4m3/token", passes=_GPTQ)
+    source: str = ""
+    note: str = ""
 
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _uniform("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))"),
-        _uniform(
-            "W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6"
-        ),
-        _uniform("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest"),
-        _uniform(
-            "W4A16-GPTQ",
-            "e2m1/group64",
-            "FP4 E2M1 weights in groups of 64, GPTQ that aims at the float model's outputs",
-            passes=_GPTQ,
-        ),
-        _uniform(
-            "W4A16-GPTQ-LoRC",
-            "e2m1/group64",
-            "W4A16-GPTQ, and two thin INT8 factors of rank 8 a layer that give back what is lost",
-            passes={**_GPTQ, "lorc": {"float_targets": True}},
-        ),
-        _w4a8("W4A8-FP", "e2m1/group256", "FP4 E2M1 in groups of 256 by GPTQ, E4M3 inputs a token (ZeroQuant-FP)"),
-        _w4a8("W4A8-FP-M1", "e2m1/group256:m1", "W4A8-FP with scales that are powers of two (M1)"),
-        _w4a8("W4A8-FP-M2", "e2m1/group256:m2", "W4A8-FP with scales a power of two below one scale a row (M2)"),
-        _uniform("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
-        _uniform(
-            "W8A8-FP8", "e4m3/channel", "FP8 E4M3 weights a row, FP8 E4M3 activations a token", activation="e4m3/token"
-        ),
-        _uniform(
-            "W4A4-FPQ",
-            "e2m1/channel",
-            "FP4 weights a row and FP4 activations a tensor: formats and clips searched, shifts folded (LLM-FP4)",
-            activation="e2m1/tensor",
-            passes={"pre_shift": {}, "search_formats": {}, "fold_activation_scales": {}},
-        ),
-        _uniform("MXFP4", "mxfp4", "OCP MXFP4 weights: E2M1 in blocks of 32, E8M0 scales"),
-        _uniform("MXFP6", "mxfp6", "OCP MXFP6 weights: E3M2 in blocks of 32, E8M0 scales"),
-        _uniform("MXFP8", "mxfp8", "OCP MXFP8 weights: E4M3 in blocks of 32, E8M0 scales"),
-        _uniform("NVFP4", "nvfp4", "NVFP4 weights: E2M1 in blocks of 16, E4M3 scales under one fp32 scale"),
-        _uniform("W4A16-NF4", "nf4", "NF4 weights in groups of 64"),
-        _uniform(
-            "W4A16-HIGGS",
-            "higgs4/group64",
-            "the Gaussian grid of HIGGS in groups of 64, after a rotation of each",
-            passes={"rotate": {"size": 64}},
-        ),
-        _uniform("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
-        _uniform("W8A16-INT", "int8/channel", "INT8 symmetric weights, one scale a row"),
-        _uniform(
-            "W8A8-INT",
-            "int8/channel",
-            "INT8 symmetric weights a row by GPTQ, INT8 activations a token",
-            activation="int8/token",
-            passes=_GPTQ,
-        ),
-    )
+    row.name: Recipe(row.name, row.summary, Config(**row.config), row.source, row.note) for row in ROWS
 }
 """Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""
 
