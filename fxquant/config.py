@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -28,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 
+from fxquant import places
 from fxquant.errors import ConfigError, near
 from fxquant.methods import METHODS, MethodOptions, method_options
 from fxquant.recipes import ROWS
@@ -41,12 +44,36 @@ class _Strict(BaseModel):
 class WeightConfig(_Strict):
     """The long form of a weight spec: ``{format: e2m1, granularity: group64, scale: fp32}``."""
 
-    format: str = Field(min_length=1)
-    granularity: str = Field("channel", min_length=1)
-    scale: str = Field("fp32", min_length=1)
+    format: str = Field(
+        min_length=1, description="e<E>m<M> of at most 8 bits, int2 to int8, uint2 to uint8, nf4, higgs4, lut(<values>)"
+    )
+    granularity: str = Field(
+        "channel", min_length=1, description="what shares a scale: tensor, channel, group<N> or block<R>x<C>"
+    )
+    scale: str = Field(
+        "fp32", min_length=1, description="how scales are stored: fp32, fp16, bf16, e8m0, e4m3, e5m3, m1, m2"
+    )
 
     def spec(self) -> QuantSpec:
         return parse_spec(f"{self.format}/{self.granularity}:{self.scale}")
+
+
+def _named_pass(value: Any) -> Any:
+    """``- gptq`` means ``- gptq: {}``."""
+    if isinstance(value, str):
+        return {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"{str(value)[:60]!r} is no pass; expected a name, or one name with a mapping of its options")
+    return {name: {} if options is None else options for name, options in value.items()}
+
+
+def _check_pass(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for name, options in value.items():
+        method_options(name, options)
+    return value
+
+
+PassConfig = Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_pass), AfterValidator(_check_pass)]
 
 
 def _form(value: Any) -> str:
@@ -76,14 +103,14 @@ class RuleConfig(_Strict):
     @classmethod
     def _known_weight(cls, value: str | WeightConfig | None) -> str | WeightConfig | None:
         if value is not None:
-            _check_weight_spec(_spec_of(value))
+            check_weight_spec(_spec_of(value))
         return value
 
     @field_validator("activation")
     @classmethod
     def _known_activation(cls, value: str | None) -> str | None:
         if value is not None:
-            _check_activation_spec(value, parse_spec(value))
+            check_activation_spec(parse_spec(value), value)
         return value
 
     @model_validator(mode="after")
@@ -110,21 +137,16 @@ class Config(_Strict):
         except ValidationError as error:
             raise ConfigError(_describe(error, "config")) from error
 
-    rules: tuple[RuleConfig, ...] = Field(min_length=1)
-    passes: tuple[dict[str, dict[str, Any]], ...] = ()
-
-    @field_validator("passes", mode="before")
-    @classmethod
-    def _named_passes(cls, value: Any) -> Any:
-        """``- gptq`` means ``- gptq: {}``."""
-        return tuple(map(_named_pass, value)) if isinstance(value, (list, tuple)) else value
+    rules: tuple[RuleConfig, ...] = Field(
+        min_length=1, description="which layers become what; ordered, the first rule that matches a layer wins"
+    )
+    passes: tuple[
+        Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_pass), AfterValidator(_check_pass)], ...
+    ] = Field((), description="methods to run, in order; none by default")
 
     @field_validator("passes")
     @classmethod
-    def _known_passes(cls, value: tuple[dict[str, dict[str, Any]], ...]) -> tuple[dict[str, dict[str, Any]], ...]:
-        for entry in value:
-            for name, options in entry.items():
-                method_options(name, options)
+    def _ordered_passes(cls, value: tuple[dict[str, dict[str, Any]], ...]) -> tuple[dict[str, dict[str, Any]], ...]:
         names = [name for entry in value for name in entry]
         late = [i for i, name in enumerate(names) if METHODS[name].on == "codes"]
         if late and (early := [name for name in names[late[0] :] if METHODS[name].on == "float"]):
@@ -155,20 +177,15 @@ class Config(_Strict):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-def _named_pass(value: Any) -> Any:
-    if isinstance(value, str):
-        return {value: {}}
-    if not isinstance(value, Mapping) or len(value) != 1:
-        raise ValueError(f"{str(value)[:60]!r} is no pass; expected a name, or one name with a mapping of its options")
-    return {name: {} if options is None else options for name, options in value.items()}
-
-
-def _check_weight_spec(spec: QuantSpec) -> None:
+def check_weight_spec(spec: QuantSpec) -> None:
+    """Raise a ValueError unless a weight can be of ``spec``."""
     if spec.dynamic or (isinstance(spec.granularity, PerChannel) and spec.granularity.axis):
         raise ValueError(f"{spec}: weights take tensor, channel, group<N> or block<R>x<C>")
 
 
-def _check_activation_spec(text: str, spec: QuantSpec) -> None:
+def check_activation_spec(spec: QuantSpec, text: str = "") -> None:
+    """Raise a ValueError unless activations can be of ``spec``, which was written ``text``."""
+    text = text or str(spec)
     if not isinstance(spec.granularity, (PerToken, PerGroup, PerTensor)):
         raise ValueError(
             f"activation {text!r}: activations take {spec.format}/token or {spec.format}/group<N>, whose scales are "
@@ -237,16 +254,20 @@ def _from_file(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config {str(path)!r}: {error}") from error
+    kind = path.suffix.lower()
     try:
-        data = _LOADERS[path.suffix.lower()](text)
+        data = _LOADERS[kind](text)
+        root = None if kind == ".toml" else places.tree(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config {str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(data, Mapping):
         raise ConfigError(f"config {str(path)!r} holds a {type(data).__name__}; expected a mapping with the key rules")
-    return _validated(data, str(path))
+    if root is not None:
+        places.check_keys(root, str(path))
+    return _validated({key: value for key, value in data.items() if key != "$schema"}, str(path), root)
 
 
-def _validated(data: Mapping[str, Any], where: str) -> Config:
+def _validated(data: Mapping[str, Any], where: str, root: yaml.Node | None = None) -> Config:
     if unnamed := [key for key in data if not isinstance(key, str)]:
         raise ConfigError(f"{where}: unknown key {unnamed[0]!r}; expected {', '.join(Config.model_fields)}")
     try:
@@ -254,15 +275,19 @@ def _validated(data: Mapping[str, Any], where: str) -> Config:
     except ConfigError as error:
         if not isinstance(error.__cause__, ValidationError):
             raise
-        raise ConfigError(_describe(error.__cause__, where)) from error.__cause__
+        raise ConfigError(_describe(error.__cause__, where, root)) from error.__cause__
 
 
-def _describe(error: ValidationError, where: str) -> str:
-    """A line for each error, but for those that only follow from one inside the same value."""
+def _describe(error: ValidationError, where: str, root: yaml.Node | None = None) -> str:
+    """A line for each error, but for those that only follow from one inside the same value; ``root`` knows places."""
     found = error.errors()
     inner = [item["loc"] for item in found]
     first = [item for item in found if not any(loc[: len(item["loc"])] == item["loc"] != loc for loc in inner)]
-    return "\n".join(_line(item, where) for item in first)
+    lines = []
+    for item in first:
+        at = "" if root is None else ":{}:{}".format(*places.place(root, item["loc"]))
+        lines.append(_line(item, f"{where}{at}"))
+    return "\n".join(lines)
 
 
 def _line(item: Any, where: str) -> str:

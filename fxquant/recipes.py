@@ -48,13 +48,14 @@ _FGQ = "groups of 256 are the paper's fine-grained setting; one scale a row, as 
 
 ROWS = (
     # --- ZeroQuant(4+2): FP6 -----------------------------------------------------------------------------------------
-    Row("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))", f"{ZQ42}, its FP6 with coarse-grained scales",
+    Row("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))",
+        f"{ZQ42}, its FP6 with coarse-grained scales",
         note="scales are fp32; FP6-LLM's kernels store fp16: e3m2/channel:fp16"),
     Row("W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6",
         f"{ZQ42} has E3M2; {EXPERIENCE}: E2M3 is the better one on SmolLM2"),
     Row("W6A16-GPTQ", "e3m2/channel", "FP6 E3M2 weights a row by GPTQ", f"{ZQ42}, which tries GPTQ beside RTN",
         passes=_GPTQ, note=_AIMED_NOTE),
-    # --- ZeroQuant-FP: FP4 and FP8 weights, FP8 activations ------------------------------------------------------------
+    # --- ZeroQuant-FP: FP4 and FP8 weights, FP8 activations -----------------------------------------------------------
     Row("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest", f"{ZQFP}, its FP4 format",
         note="groups of 64; the paper's are of 256"),
     Row("W4A16-GPTQ", "e2m1/group64", "FP4 E2M1 weights in groups of 64, GPTQ that aims at the float model's outputs",
@@ -102,7 +103,7 @@ ROWS = (
         f"{ZQV2}, W8A8 GPTQ", "int8/token", _GPTQ, _AIMED_NOTE),
     Row("W8A8-V2-RTN", "int8/channel", "INT8 weights a row, INT8 inputs a token, round-to-nearest", f"{ZQV2}, W8A8 RTN",
         "int8/token"),
-    # --- LLM-FP4 -------------------------------------------------------------------------------------------------------
+    # --- LLM-FP4 ------------------------------------------------------------------------------------------------------
     Row("W4A4-FPQ", "e2m1/channel",
         "FP4 weights a row and FP4 activations a tensor: formats and clips searched, shifts folded (LLM-FP4)",
         f"{LLMFP4}, FPQ, 4/4/4", "e2m1/tensor", _FPQ,
@@ -114,13 +115,13 @@ ROWS = (
         "with 8-bit activations pre_shift brings little; the paper's own base line without it is as good"),
     Row("W8A8-MinMax", "e4m3/channel", "FP8 E4M3 weights a row and activations a tensor, ranges from the data (MinMax)",
         f"{LLMFP4}, 8/8/8, which it advises at 8 bits", "e4m3/tensor"),
-    # --- block formats -------------------------------------------------------------------------------------------------
+    # --- block formats ------------------------------------------------------------------------------------------------
     Row("MXFP4", "mxfp4", "OCP MXFP4 weights: E2M1 in blocks of 32, E8M0 scales", MX),
     Row("MXFP6", "mxfp6", "OCP MXFP6 weights: E3M2 in blocks of 32, E8M0 scales", MX),
     Row("MXFP8", "mxfp8", "OCP MXFP8 weights: E4M3 in blocks of 32, E8M0 scales", MX),
     Row("NVFP4", "nvfp4", "NVFP4 weights: E2M1 in blocks of 16, E4M3 scales under one fp32 scale",
         "NVIDIA Blackwell's NVFP4: blocks of 16, E4M3 scales, an fp32 scale a tensor"),
-    # --- other grids, integers -----------------------------------------------------------------------------------------
+    # --- other grids, integers ----------------------------------------------------------------------------------------
     Row("W4A16-NF4", "nf4", "NF4 weights in groups of 64", "QLoRA, arXiv 2305.14314",
         note="scales are fp32; the paper quantizes them once more"),
     Row("W4A16-HIGGS", "higgs4/group64", "the Gaussian grid of HIGGS in groups of 64, after a rotation of each",
