@@ -102,7 +102,8 @@ RULE = {"match": "*", "weight": "e3m2/channel"}
     [
         {}, {"rules": []}, {"rules": [{"match": "*"}]}, {"rules": [{**RULE, "keep": True}]}, {"rule": [RULE]},
         {"rules": [{**RULE, "match": ""}]}, {"rules": [{**RULE, "wieght": "e3m2"}]}, {"rules": RULE},
-        {"rules": [{**RULE, "types": ["linaer"]}]}, {"rules": [{"weight": "e3m2"}]}, {"rules": [{"match": 3, "keep": True}]},
+        {"rules": [{**RULE, "types": ["linaer"]}]}, {"rules": [{"weight": "e3m2"}]},
+        {"rules": [{"match": 3, "keep": True}]},
         *({"rules": [{"match": "*", "weight": w}]} for w in (
             "e3m22/channel", "e9m9", "int9", "int1/channel", "e3m2/row", "e3m2/token", "e3m2/group", "e3m2/group0",
             "e3m2/group64:fp8", "e3m2/group64:fp16.ceil", "uint4/group64:e8m0", "e3m2/channel1", "fp5", "mxfp5", "e8m0",
@@ -110,7 +111,8 @@ RULE = {"match": "*", "weight": "e3m2/channel"}
             {"format": "e9"}, {"granularity": "channel"}, {"format": "e3m2", "group": 64}, {"format": "mxfp4"},
             {"format": "uint4", "scale": "m1"}, {"format": "e3m2/group64"}, {"format": "e3m2", "scale": "fp12"})),
         *({"rules": [{"match": "*", "activation": a}]} for a in (
-            "e4m3", "e4m3/channel", "e4m3/block2x2", "nvfp4", "fp8", "e4m3/token:m2", "e4m3/token:e4m3", "uint8/tensor")),
+            "e4m3", "e4m3/channel", "e4m3/block2x2", "nvfp4", "fp8", "e4m3/token:m2", "e4m3/token:e4m3",
+            "uint8/tensor")),
         *({"rules": [RULE], "passes": p} for p in (
             ["gtpq"], [{"gptq": {"act_ordr": True}}], [{"gptq": {"damp_percent": -1}}], [{"gptq": {"act_order": "no"}}],
             [{"gptq": {}, "lorc": {}}], [{}], [3], "gptq", [{"rotate": {"size": 48}}], [{"lorc": {"rank": 0}}],
@@ -131,7 +133,9 @@ FLOATS = st.builds(
     st.sampled_from(["", "", "", "fn", "fnuz", "ieee", "none"]), st.sampled_from(["", "", "b3", "b-2", "b1.5"]),
 )  # fmt: skip
 INTEGERS = st.builds(lambda u, n: f"{u}int{n}", st.sampled_from(["", "u"]), st.integers(1, 9))
-NAMED = st.sampled_from(["nf4", "higgs4", "higgs9", "fp6", "fp8_e4m3", "fp5", "e5m3", "e8m0", "lut(-1,0,0.5,1)", "lut(-1e-2,1)"])
+NAMED = st.sampled_from(
+    ["nf4", "higgs4", "higgs9", "fp6", "fp8_e4m3", "fp5", "e5m3", "e8m0", "lut(-1,0,0.5,1)", "lut(-1e-2,1)"]
+)
 FORMATS = st.one_of(FLOATS, INTEGERS, NAMED)
 GRANULARITIES = st.sampled_from(
     ["", "tensor", "channel", "token", "group64", "group1", "group0", "block2x3", "block0x2", "row", "group-4"]
@@ -245,7 +249,8 @@ def test_places_in_json_and_none_in_toml(tmp_path: Path) -> None:
 
 def test_aliases_are_followed(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
-        "rules:\n  - {match: a, weight: &w {format: e2m1}}\n  - {match: b, weight: *w}\n  - {match: c, weight: {<<: *w, scale: fp16}}\n"
+        "rules:\n  - {match: a, weight: &w {format: e2m1}}\n  - {match: b, weight: *w}\n"
+        "  - {match: c, weight: {<<: *w, scale: fp16}}\n"
     )
     assert [str(rule.weight) for rule in load_config(tmp_path / "c.yaml").layer_rules()] == [
         "e2m1/channel", "e2m1/channel", "e2m1/channel:fp16",
