@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_config, cli_generate, cli_kernels, cli_measure, cli_onnx
+from fxquant import cli_config, cli_generate, cli_kernels, cli_measure, cli_onnx, cli_recommend
 from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
 from fxquant.errors import FxquantError
 
@@ -216,6 +216,7 @@ app.command()(cli_generate.generate)
 app.command("eval")(cli_measure.eval_)
 app.command()(cli_measure.sensitivity)
 app.command()(cli_measure.allocate)
+app.command()(cli_recommend.recommend)
 app.command()(cli_kernels.kernels)
 
 

@@ -24,12 +24,11 @@ from fxquant.errors import ModelError
 from fxquant.examples import example_inputs
 from fxquant.flatten import from_export
 from fxquant.layers import Layer, find_layers, ties
-from fxquant.passes.normalize import NORMALIZE
 from fxquant.program import Program, Progress, quiet
 from fxquant.qtensor import packed_nbytes
 from fxquant.rewrite import Decline, fetch, get_attrs, identity
 from fxquant.scheme import LayerRule, QuantSpec
-from fxquant.sensitivity import float_program
+from fxquant.sensitivity import float_program, normalized
 
 Choice = LayerRule | Decline
 
@@ -112,8 +111,7 @@ def _exported(model: nn.Module) -> Program:
     inputs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), example_inputs(model))
     with evaluating(model), torch.no_grad():
         program = from_export(export(model, (), inputs, strict=False))
-    NORMALIZE.apply(program, {})
-    return program
+    return normalized(program)
 
 
 def _outline(name: str, kind: str, program: Program, *, by_name: bool) -> Outline:

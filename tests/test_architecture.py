@@ -36,9 +36,10 @@ GROUP_OF = {
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "recipes": "config", "grammar": "config", "places": "config", "config_schema": "config",
     "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline", "allocation": "pipeline",
-    "kernels": "pipeline", "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top",
-    "cli_measure": "top", "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top",
-    "cli_config": "top", "cli_options": "top", "demo": "top",
+    "candidates": "pipeline", "recommend": "pipeline", "cli_recommend": "top", "kernels": "pipeline",
+    "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
+    "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top", "cli_config": "top",
+    "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 
