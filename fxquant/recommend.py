@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxquant import pipeline
 from fxquant.calibrate import Calibration
@@ -27,6 +27,8 @@ from fxquant.sensitivity import round_to_nearest
 from fxquant.show.units import percent, seconds, size, table
 from fxquant.trials import Change, Trials
 
+PREDICTED_ON = 4
+"""Token windows that losses are predicted on."""
 STEPS = 24
 """Sizes between the smallest and the largest for which a mixed scheme is predicted, where the goal is a loss."""
 
@@ -137,7 +139,7 @@ def recommend(
     """
     _check_goal(target_bytes, max_loss, tries)
     given = data if calibration is None else calibration
-    found = space(model, example_inputs, given, candidates=candidates, progress=progress)
+    found = space(model, example_inputs, _spread(given), candidates=candidates, progress=progress)
     _check_size(found, target_bytes)
     trials = Trials(found.program, data, progress=progress)
     job = _Job(model, example_inputs, found, trials, given, tuple(methods), tell, progress, tries, finalists)
@@ -145,6 +147,11 @@ def recommend(
         return _within_size(job, target_bytes)
     assert max_loss is not None
     return _within_loss(job, max_loss)
+
+
+def _spread(data: Calibration) -> Calibration:
+    """A few of the token windows: predictions take a backward pass each, and need less data than methods."""
+    return data[:: math.ceil(len(data) / PREDICTED_ON)] if isinstance(data, Tensor) else data
 
 
 def _check_goal(target_bytes: int | None, max_loss: float | None, tries: int) -> None:
