@@ -173,7 +173,7 @@ def inspect(
         return
     compiled = load(out)
     if html is not None:
-        compiled.report(html)
+        compiled.report(html, title=f"{out.resolve().name}: fxquant report")
         typer.echo(f"wrote {html}", err=as_json)
     summary = compiled.summary()
     if as_json:

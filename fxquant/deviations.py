@@ -1,0 +1,264 @@
+"""Deviations: running sums for the distance of two tensors, and counts of values against a format's grid."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import packing
+from fxquant.counterparts import Pair
+from fxquant.grids import Grid
+from fxquant.layers import Layer
+from fxquant.observations import Histogram
+from fxquant.ops import ROUNDINGS
+from fxquant.ops import operators as ops
+from fxquant.qdq import rounding_spec
+from fxquant.qtensor import load_scale, to_matrix
+from fxquant.rewrite import fetch
+from fxquant.scales import Scales, choose, power_of_two, spread
+from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.show.numerics import Errors
+
+BINS = 64
+_CHUNK = 1 << 20
+_SAME = 1e-2
+"""How far the error of a weight may be from the recorded one, relative to it, before it counts as another weight."""
+
+
+@dataclass
+class Deviation:
+    """||y||^2, ||y'||^2, ||y - y'||^2 and y y' over all that was added, but for entries that are not finite in one.
+
+    ``rows``, ``same``: rows of logits, and those with the same largest entry.
+    """
+
+    want: float = 0.0
+    got: float = 0.0
+    off: float = 0.0
+    dot: float = 0.0
+    count: int = 0
+    bad: int = 0
+    rows: int = 0
+    same: int = 0
+
+    def add(self, want: Tensor, got: Tensor, *, logits: bool = False) -> None:
+        self.look(got)
+        if logits and want.numel():
+            self.rows += want.shape[:-1].numel()
+            self.same += int((want.argmax(-1) == got.argmax(-1)).sum())
+        pairs = zip(want.reshape(-1).split(_CHUNK), got.reshape(-1).split(_CHUNK), strict=True)
+        for a, b in pairs:
+            x, y = a.double(), b.double()
+            if not bool((x.isfinite() & y.isfinite()).all()):
+                keep = x.isfinite() & y.isfinite()
+                x, y = x[keep], y[keep]
+            self.want += float(x.square().sum())
+            self.got += float(y.square().sum())
+            self.dot += float(x @ y)
+            self.off += float((x - y).square_().sum())
+
+    def look(self, got: Tensor) -> None:
+        """Count what is not finite, and nothing else."""
+        self.count += got.numel()
+        self.bad += got.numel() - int(got.isfinite().sum())
+
+    @property
+    def nonfinite(self) -> float:
+        return self.bad / self.count if self.count else 0.0
+
+    @property
+    def top1(self) -> float | None:
+        return self.same / self.rows if self.rows else None
+
+    @property
+    def errors(self) -> Errors:
+        """Zeros that stay zeros are exact; what is not zero where zeros should be is infinitely far off."""
+        if self.off == 0:
+            return Errors(math.inf, 1.0, 0.0)
+        if self.want == 0:
+            return Errors(-math.inf, 0.0, math.inf)
+        cosine = self.dot / math.sqrt(self.want * self.got) if self.got else 0.0
+        return Errors(10 * math.log10(self.want / self.off), min(cosine, 1.0), math.sqrt(self.off / self.want))
+
+
+# --- histograms -------------------------------------------------------------------------------------------------------
+@dataclass
+class _Counts:
+    lo: float
+    hi: float
+    unit: Literal["scale", "value"]
+    bins: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
+    below: int = 0
+    above: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Count finite values; those that are not belong to no bin."""
+        flat = x.float().reshape(-1)
+        inside = torch.histc(flat, BINS, self.lo, self.hi).to(torch.int64).cpu()
+        self.bins += inside
+        self.below += int((flat < self.lo).sum())
+        self.above += int((flat > self.hi).sum())
+
+    @property
+    def histogram(self) -> Histogram:
+        return Histogram(self.lo, self.hi, tuple(self.bins.tolist()), self.below, self.above, self.unit)
+
+
+def _grid_range(format: Grid) -> tuple[float, float]:
+    values = format.table()
+    finite = values[values.isfinite()]
+    return float(finite.min()), float(finite.max())
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """``as_compiled``: whether the float weight has the error that was recorded when it was quantized."""
+
+    histogram: Histogram
+    as_compiled: bool
+
+
+def weight_counts(gm: fx.GraphModule, pair: Pair, *, changed: bool) -> WeightCounts | None:
+    """The float weight of a layer divided by its scales; None for a layer in float.
+
+    A weight that was ``changed`` before it was quantized is no longer there: its codes are counted instead.
+    """
+    assert pair.layer is not None
+    found = _stored(pair)
+    if found is None:
+        return None
+    packed, scale, zero, spec, shape, outer = found
+    values = [None if n is None else fetch(gm, str(n.target)) for n in (packed, scale, zero, outer)]
+    assert values[0] is not None
+    assert values[1] is not None
+    cols = math.prod(shape) // values[0].shape[0]
+    scales = Scales(load_scale(values[1], spec), values[2], values[3])
+    codes = packing.unpack(values[0], packing.planar(spec.format.bits), cols)
+    grid = spec.format.decode(codes)
+    counts = _Counts(*_grid_range(spec.format), "scale")
+    if changed:
+        counts.add(grid)
+        return WeightCounts(counts.histogram, True)
+    block = spec.block(*grid.shape)
+    effective = spread(scales.effective.float(), block, grid.shape)
+    zeros = 0.0 if scales.zero_point is None else spread(scales.zero_point.float(), block, grid.shape)
+    weight = _matrix(pair.layer, spec).float()
+    counts.add(weight / effective + zeros)
+    return WeightCounts(counts.histogram, _as_recorded(pair, weight, (grid - zeros) * effective))
+
+
+def _matrix(layer: Layer, spec: QuantSpec) -> Tensor:
+    value = layer.weight.detach()
+    return to_matrix(value.transpose(-1, -2) if layer.transposed else value, spec, layer.channel_dims)
+
+
+def _as_recorded(pair: Pair, weight: Tensor, restored: Tensor) -> bool:
+    assert pair.summary is not None
+    recorded, norm = pair.summary.error, float(weight.norm())
+    if recorded is None or not norm or _weight_node(pair) is None or _has_outliers(pair):
+        return True
+    return abs(float((restored - weight).norm()) / norm - recorded) <= _SAME * recorded + 1e-4
+
+
+_WEIGHT_OPS = (
+    ops.linear_wq.default, ops.conv2d_wq.default, ops.embedding_wq.default, ops.dequantize_packed.default,
+)  # fmt: skip
+
+
+def _weight_node(pair: Pair, depth: int = 6) -> fx.Node | None:
+    """The node that reads the packed weight: the layer itself, or what dequantizes it, through views."""
+    todo = [(pair.node, depth)]
+    while todo:
+        node, left = todo.pop(0)
+        if node.target in _WEIGHT_OPS:
+            return node
+        if left and pair.layer is not None:
+            at = pair.layer.position if node is pair.node else 0
+            if at < len(node.args) and isinstance(node.args[at], fx.Node):
+                todo.append((node.args[at], left - 1))  # type: ignore[arg-type]
+    return None
+
+
+def _has_outliers(pair: Pair) -> bool:
+    node = _weight_node(pair)
+    return node is not None and any(user.target is ops.with_outliers.default for user in node.users)
+
+
+def _stored(pair: Pair) -> tuple[Any, Any, Any, QuantSpec, tuple[int, ...], Any] | None:
+    """Nodes of the packed codes, scales and zero points, the spec, the shape, and the scale of scales."""
+    if pair.summary is None or pair.summary.spec is None or (node := _weight_node(pair)) is None:
+        return None
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    named = dict(zip(names, node.args, strict=False)) | node.kwargs
+    shape = tuple(int(n) for n in named["shape"])
+    return (
+        named["packed"], named["scale"], named.get("zero_point"), parse_spec(str(named["spec"])), shape,
+        named.get("tensor_scale"),
+    )  # fmt: skip
+
+
+@dataclass
+class InputCounts:
+    """Counts of what a layer is given: divided by their scales where ``rounding`` rounds them, else as they are."""
+
+    gm: fx.GraphModule
+    node: fx.Node
+    rounding: fx.Node | None
+    counts: _Counts | None = None
+
+    @staticmethod
+    def of(gm: fx.GraphModule, pair: Pair) -> InputCounts | None:
+        """None for a layer whose input is no activation, such as an embedding."""
+        if pair.layer is None or pair.type == "embedding":
+            return None
+        at = 1 - pair.layer.position if pair.layer.type == "matmul" else 0
+        x = pair.node.args[at]
+        if not isinstance(x, fx.Node):
+            return None
+        if x.target in ROUNDINGS:
+            return InputCounts(gm, x.args[0], x)  # type: ignore[arg-type]
+        return InputCounts(gm, x, None)
+
+    @property
+    def histogram(self) -> Histogram | None:
+        return None if self.counts is None else self.counts.histogram
+
+    def add(self, x: Any) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+            return
+        if self.rounding is not None:
+            x = self._over_scale(x)
+        if self.counts is None:
+            self.counts = self._range(x)
+        if self.counts is not None:
+            self.counts.add(x)
+
+    def _range(self, x: Tensor) -> _Counts | None:
+        """The grid's for rounded values; that of the first batch for others, whose later ones may lie outside."""
+        if self.rounding is not None:
+            return _Counts(*_grid_range(rounding_spec(self.rounding).format), "scale")
+        finite = x[x.isfinite()]
+        if not finite.numel():
+            return None
+        lo, hi = float(finite.min()), float(finite.max())
+        return _Counts(lo, hi if hi > lo else lo + 1.0, "value")
+
+    def _over_scale(self, x: Tensor) -> Tensor:
+        node = self.rounding
+        assert node is not None
+        spec, matrix = rounding_spec(node), x.reshape(-1, x.shape[-1]).float()
+        if isinstance(bias := node.kwargs.get("exponent_bias"), fx.Node):
+            matrix = matrix * power_of_two(fetch(self.gm, str(bias.target)))
+        if node.target is ops.fake_quantize.default:
+            given, zero = (n if n is None else fetch(self.gm, str(n.target)) for n in node.args[1:3])  # type: ignore[union-attr]
+            assert given is not None
+            scales = Scales(load_scale(given, spec), zero)
+        else:
+            scales = choose(matrix, spec, name="activation")
+        block = spec.block(*matrix.shape)
+        ratio = matrix / spread(scales.effective.float(), block, matrix.shape)
+        return ratio if scales.zero_point is None else ratio + spread(scales.zero_point.float(), block, matrix.shape)
