@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_generate, cli_kernels, cli_measure, cli_onnx
+from fxquant import cli_config, cli_generate, cli_kernels, cli_measure, cli_onnx, cli_recommend
 from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
 from fxquant.errors import FxquantError
 
@@ -173,7 +173,7 @@ def inspect(
         return
     compiled = load(out)
     if html is not None:
-        compiled.report(html)
+        compiled.report(html, title=f"{out.resolve().name}: fxquant report")
         typer.echo(f"wrote {html}", err=as_json)
     summary = compiled.summary()
     if as_json:
@@ -216,6 +216,7 @@ app.command()(cli_generate.generate)
 app.command("eval")(cli_measure.eval_)
 app.command()(cli_measure.sensitivity)
 app.command()(cli_measure.allocate)
+app.command()(cli_recommend.recommend)
 app.command()(cli_kernels.kernels)
 
 
@@ -262,17 +263,8 @@ def formats(
     print_table(*grid.code_table(format), right=("code", "value"))
 
 
-@app.command()
-def recipes(as_json: Json = False) -> None:
-    """List the recipes: configs with a name, for fxquant compile -c NAME."""
-    from fxquant.config import RECIPES
-    from fxquant.show.console import print_table
-
-    if as_json:
-        print_json([{"name": r.name, "summary": r.summary, "config": r.config.to_dict()} for r in RECIPES.values()])
-        return
-    rows = [(r.name, ", ".join(str(rule.weight) for rule in r.config.rules), r.summary) for r in RECIPES.values()]
-    print_table(("recipe", "weights", "what it is"), rows)
+app.command()(cli_config.recipes)
+app.add_typer(cli_config.config, name="config")
 
 
 if __name__ == "__main__":

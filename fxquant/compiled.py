@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,9 +132,17 @@ class CompiledModel:
             warnings.warn(f"checked without fxquant's custom-op library: {error}", stacklevel=2)
         return check_onnx(self.program, path, inputs=inputs, library=library, progress=progress)
 
-    def report(self, path: str | Path) -> None:
-        """Write a self-contained HTML page: totals, passes, graph diffs, and what became of every layer."""
-        html.report(self.program, path, title="fxquant report", config=self.config.to_dict())
+    def report(
+        self, path: str | Path, *, title: str = "fxquant report", comparison: Comparison | None = None,
+        figures: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a self-contained HTML page: totals, the model as a tree and a graph, passes, every layer, trade-offs.
+
+        ``comparison`` with the float model (``compare``) adds the error of every layer's output; ``figures`` are
+        measurements to show at the top, ``{"perplexity": "8.58"}``. Raises SaveError.
+        """
+        config = self.config.to_dict()
+        html.report(self.program, path, title=title, config=config, comparison=comparison, figures=figures)
 
     def summary(self) -> summary.Summary:
         """Bytes before and after, layers with format and error, declines, passes; ``to_dict`` gives JSON."""
