@@ -64,8 +64,10 @@ def commands_text() -> Iterator[str]:
         yield from ("| | default | |", "|---|---|---|")
         for parameter in (*arguments, *options):
             yield f"| {spelling(parameter)} | {default(parameter)} | {cell(parameter.help or '')} |"
-        if commands := [line.strip() for line in examples.splitlines() if line.strip()]:
+        shown = [line.strip() for line in examples.splitlines() if line.strip()]
+        if commands := [line for line in shown if line.startswith("fxquant")]:
             yield from ("", "```console", *(f"$ {line}" for line in commands), "```")
+        yield from ("", *(escaped(line) for line in shown if line not in commands))
         yield ""
 
 
