@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_generate, cli_kernels, cli_measure, cli_onnx
+from fxquant import cli_compare, cli_generate, cli_kernels, cli_measure, cli_onnx
 from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
 from fxquant.errors import FxquantError
 
@@ -212,6 +212,7 @@ def explain(
         typer.echo(compiled.explain(layer))
 
 
+app.command()(cli_compare.compare)
 app.command()(cli_generate.generate)
 app.command("eval")(cli_measure.eval_)
 app.command()(cli_measure.sensitivity)

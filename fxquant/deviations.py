@@ -24,6 +24,8 @@ from fxquant.show.numerics import Errors, Histogram
 
 BINS = 64
 _CHUNK = 1 << 20
+_EDGE = 2.0**-16
+"""How far above the largest value of a grid, relative to it, a quotient may be and not count as saturated."""
 _SAME = 1e-2
 """How far the error of a weight may be from the recorded one, relative to it, before it counts as another weight."""
 
@@ -95,8 +97,12 @@ class _Counts:
     above: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Count finite values; those that are not belong to no bin."""
+        """Count values; NaN belongs to no bin. The division by a scale may end a little above what it stands for."""
         flat = x.float().reshape(-1)
+        if self.unit == "scale":
+            edge = _EDGE * max(-self.lo, self.hi)
+            near = (flat >= self.lo - edge) & (flat <= self.hi + edge)
+            flat = torch.where(near, flat.clamp(self.lo, self.hi), flat)
         inside = torch.histc(flat, BINS, self.lo, self.hi).to(torch.int64).cpu()
         self.bins += inside
         self.below += int((flat < self.lo).sum())

@@ -38,7 +38,7 @@ GROUP_OF = {
     "allocation": "pipeline", "kernels": "pipeline", "comparison": "pipeline", "counterparts": "pipeline",
     "deviations": "pipeline",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
-    "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
+    "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 
