@@ -213,6 +213,7 @@ def explain(
 
 
 app.command()(cli_compare.compare)
+app.command()(cli_compare.diff)
 app.command()(cli_generate.generate)
 app.command("eval")(cli_measure.eval_)
 app.command()(cli_measure.sensitivity)

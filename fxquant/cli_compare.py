@@ -107,3 +107,26 @@ def _inputs(
         return text_windows(words, read_text(text), length=length)[-windows:]
     note(f"{loaded.name} is no causal language model: compared on example inputs; give real ones with --data FILE")
     return [loaded.example_inputs]
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A folder that fxquant compile wrote.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    limit: Annotated[int, typer.Option(min=1, help="How many layers to print.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Compare two compiled models: sizes, formats, errors, stored bytes, passes and configs. Nothing is run.
+
+    Examples:
+
+        fxquant diff smollm2-fp6 smollm2-gptq
+
+        fxquant diff before after --json
+    """
+    from fxquant.show.difference import compare_models
+
+    found = compare_models(load(a), load(b), (str(a), str(b)))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo("\n".join(found.lines(limit)))

@@ -141,7 +141,7 @@ class Summary:
 
 def summarize(program: Program) -> Summary:
     """The summary of ``program`` at any stage: captured, in QDQ form, lowered, or loaded from disk."""
-    uses = list(_weight_uses(program.gm))
+    uses = list(weight_uses(program.gm))
     before, after = _totals(program.gm, uses)
     stored = {use.stored[0]: use for use in uses}
     return Summary(
@@ -177,7 +177,7 @@ def labelled(trace: list[Step]) -> list[tuple[str, Step]]:
 
 # --- quantized weights in the graph ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Use:
+class Use:
     """A quantized weight and a layer that takes it. ``stored``: names of its codes, scale and zero point."""
 
     layer: fx.Node
@@ -191,7 +191,7 @@ class _Use:
         return math.prod(self.shape)
 
 
-def _weight_uses(gm: fx.GraphModule) -> Iterator[_Use]:
+def weight_uses(gm: fx.GraphModule) -> Iterator[Use]:
     for node in gm.graph.nodes:
         quant = info(node).weight
         if quant is None or (node.target not in _LAYER_OPS and node.target not in _DEQUANTIZE):
@@ -202,7 +202,7 @@ def _weight_uses(gm: fx.GraphModule) -> Iterator[_Use]:
                 stored += _stored(user)
         shape = tuple(int(n) for n in named["shape"])
         for layer in [node] if node.target in _LAYER_OPS else _consumers(node):
-            yield _Use(layer, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
+            yield Use(layer, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
 
 
 def _named(node: fx.Node) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _type_of(node: fx.Node) -> str:
     return _TYPES.get(target_name(node.target).split(".")[1], "matmul")
 
 
-def _totals(gm: fx.GraphModule, uses: list[_Use]) -> tuple[int, int]:
+def _totals(gm: fx.GraphModule, uses: list[Use]) -> tuple[int, int]:
     """Bytes of the whole model before and after: quantized weights as packed, a float weight only if still read."""
     present, stored = tensors(gm), {name for use in uses for name in use.stored}
     floats = {identity(present[u.quant.weight]) for u in uses if u.quant.weight in present}
@@ -244,7 +244,7 @@ def _totals(gm: fx.GraphModule, uses: list[_Use]) -> tuple[int, int]:
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
-def _layers(program: Program, uses: list[_Use]) -> Iterator[LayerSummary]:
+def _layers(program: Program, uses: list[Use]) -> Iterator[LayerSummary]:
     """Quantized layers and those in float, in graph order."""
     found: dict[fx.Node, LayerSummary] = {}
     first: dict[str, str] = {}
@@ -262,7 +262,7 @@ def _layers(program: Program, uses: list[_Use]) -> Iterator[LayerSummary]:
     return (found[node] for node in sorted(found, key=order.__getitem__))
 
 
-def _quantized(use: _Use, name: str, tied_to: str | None) -> LayerSummary:
+def _quantized(use: Use, name: str, tied_to: str | None) -> LayerSummary:
     quant, about = use.quant, info(use.layer)
     return LayerSummary(
         name, use.layer.name, use.type, about.module, quant.weight, use.shape, quant.spec.format.bits,
