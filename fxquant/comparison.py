@@ -34,6 +34,7 @@ from fxquant.passes.normalize import NORMALIZE
 from fxquant.program import Program, Progress, Stage, quiet, run
 from fxquant.rewrite import fetch
 from fxquant.show.numerics import Comparison, LayerError, OutputError
+from fxquant.show.summary import weight_uses
 from fxquant.signature import Signature, as_call, output_names
 from fxquant.verify import verify
 
@@ -284,10 +285,11 @@ class _SideBySide:
     def layers(self, progress: Progress) -> tuple[list[LayerError], list[str]]:
         """All rows, each with the histogram of its weight; and what is to be said of them."""
         found, other, gm = list[LayerError](), list[str](), self.mine.program.gm
+        uses = {use.layer: use for use in weight_uses(gm)}
         for i, row in enumerate(self.rows.values()):
             progress("weights", i, len(self.rows))
             pair = row.pair
-            counts = None if pair.layer is None else weight_counts(gm, pair, changed=pair.name in self.matched.changed)
+            counts = weight_counts(gm, pair, uses.get(pair.node), changed=pair.name in self.matched.changed)
             if counts is not None and not counts.as_compiled:
                 other.append(pair.name)
             given = None if row.inputs is None else row.inputs.histogram

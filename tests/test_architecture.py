@@ -16,8 +16,9 @@ ROOT = Path(__file__).parent.parent
 CORE = (
     "errors", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops",
     "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature",
-    "program", "ops", "draw", "qdq", "producers", "calibrate", "gradients", "blocks", "verify", "eager", "sizes",
-    "symbolic", "flatten", "capture",
+    "observations", "program", "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients",
+    "blocks", "verify", "eager", "sizes", "symbolic",
+    "flatten", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),
@@ -33,7 +34,8 @@ MAY_IMPORT = {
 }
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
-    "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
+    "document": "store", "encoding": "store", "observed": "store", "targets": "store",
+    "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
     "allocation": "pipeline", "kernels": "pipeline", "comparison": "pipeline", "counterparts": "pipeline",
     "deviations": "pipeline",

@@ -219,7 +219,7 @@ def test_histograms_count_every_value() -> None:
             assert row.weight is not None
             assert row.weight.total == weight.numel()
             assert len(row.weight.counts) <= 64
-            assert (row.weight.lo, row.weight.hi, row.weight.unit) == (-448.0, 448.0, "scale")
+            assert (row.weight.low, row.weight.high, row.weight.unit) == (-448.0, 448.0, "scale")
             assert row.input is not None
             assert row.input.total == 64 * weight.shape[1]
             assert row.input.unit == "scale"

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fxquant.errors import ConfigError, near
+from fxquant.observations import Histogram
 from fxquant.show import notebook
 from fxquant.show.units import percent, plural, table
 
@@ -31,31 +32,6 @@ class Errors:
     sqnr: float
     cosine: float
     relative: float
-
-
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """How many values lie in each of ``len(counts)`` bins of equal width from ``lo`` to ``hi``, and how many outside.
-
-    ``unit``: ``scale`` for values divided by their scale (their zero point added), where ``lo`` to ``hi`` is the range
-    of the format's grid and what lies outside saturates; ``value`` for values as they are.
-    """
-
-    lo: float
-    hi: float
-    counts: tuple[int, ...]
-    below: int
-    above: int
-    unit: Literal["scale", "value"]
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts) + self.below + self.above
-
-    @property
-    def outside(self) -> float:
-        """The share of values that lie outside the range."""
-        return (self.below + self.above) / self.total if self.total else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ from fxquant.layers import Layer, find_layers
 from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Program, Step, target_name
-from fxquant.qdq import rounding_spec
-from fxquant.rewrite import aten, get_attrs, identity, tensors
+from fxquant.qdq import readers, rounding_spec
+from fxquant.rewrite import get_attrs, identity, tensors
 from fxquant.show.units import percent, seconds, size, table
 
 _LAYER_OPS: dict[Any, str] = {
@@ -33,10 +33,6 @@ _LAYER_OPS: dict[Any, str] = {
 }
 _DEQUANTIZE = (ops.dequantize.default, ops.dequantize_packed.default)
 _STORED = ("codes", "packed", "scale", "zero_point", "tensor_scale", "exponent_bias", "index", "values")
-_VIEWS = (
-    aten.to.dtype, aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.index.Tensor,
-    aten.index_select.default, ops.with_outliers.default,
-)  # fmt: skip
 _TYPES = {"linear": "linear", "embedding": "embedding", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
 
 
@@ -85,6 +81,7 @@ class StepSummary:
     declines: int
     nodes: int
     error: float | None
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +155,17 @@ def summarize(program: Program) -> Summary:
         ),
         tuple(
             StepSummary(
-                label, s.name, s.seconds, len(s.rewrites), len(s.declines), len(s.text.splitlines()), s.error
+                label, s.name, s.seconds, len(s.rewrites), len(s.declines), len(s.text.splitlines()), s.error,
+                s.nbytes,
             )
             for label, s in labelled(program.trace)
         ),
     )  # fmt: skip
+
+
+def model_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of all tensors of a graph, quantized weights as they pack."""
+    return _totals(gm, list(weight_uses(gm)))[1]
 
 
 def labelled(trace: list[Step]) -> list[tuple[str, Step]]:
@@ -178,9 +181,11 @@ def labelled(trace: list[Step]) -> list[tuple[str, Step]]:
 # --- quantized weights in the graph ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Use:
-    """A quantized weight and a layer that takes it. ``stored``: names of its codes, scale and zero point."""
+    """A quantized weight and a layer that takes it. ``stored``: names of its codes, scale and zero point; ``node``: the
+    operator that reads them."""
 
     layer: fx.Node
+    node: fx.Node
     type: str
     quant: WeightQuant
     stored: tuple[str, ...]
@@ -196,16 +201,17 @@ def weight_uses(gm: fx.GraphModule) -> Iterator[Use]:
         quant = info(node).weight
         if quant is None or (node.target not in _LAYER_OPS and node.target not in _DEQUANTIZE):
             continue
-        named, stored = _named(node), _stored(node)
+        named, stored = named_arguments(node), _stored(node)
         for user in node.users:
             if user.target is ops.with_outliers.default:
                 stored += _stored(user)
         shape = tuple(int(n) for n in named["shape"])
-        for layer in [node] if node.target in _LAYER_OPS else _consumers(node):
-            yield Use(layer, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
+        for layer in [node] if node.target in _LAYER_OPS else readers(node):
+            yield Use(layer, node, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
 
 
-def _named(node: fx.Node) -> dict[str, Any]:
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     return dict(zip(names, node.args, strict=False)) | node.kwargs
 
@@ -213,17 +219,9 @@ def _named(node: fx.Node) -> dict[str, Any]:
 def _stored(node: fx.Node) -> tuple[str, ...]:
     """Names of the tensors that one of our operators reads, those behind quantized outliers included."""
     found: tuple[str, ...] = ()
-    for part in (v for k, v in _named(node).items() if k in _STORED and isinstance(v, fx.Node)):
+    for part in (v for k, v in named_arguments(node).items() if k in _STORED and isinstance(v, fx.Node)):
         found += (str(part.target),) if part.op == "get_attr" else _stored(part)
     return found
-
-
-def _consumers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that use a dequantized weight, behind casts, views and selections of it."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        found += _consumers(user) if user.target in _VIEWS and user.args[0] is node else [user]
-    return found or [node]
 
 
 def _type_of(node: fx.Node) -> str:
