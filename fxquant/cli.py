@@ -191,6 +191,9 @@ def inspect(
 def explain(
     out: Compiled,
     layer: Annotated[str, typer.Argument(metavar="LAYER", help="A layer's path, or a glob in which * crosses dots.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="The float model: tells the layer's error beside it, and rank.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tell a layer's story: its format, size and error, what each pass did to it, or why it stayed in float.
@@ -199,17 +202,25 @@ def explain(
 
         fxquant explain smollm2-fp6 lm_head
 
+        fxquant explain smollm2-fp6 model.layers.3.mlp.down_proj --model ./SmolLM2-135M
+
         fxquant explain smollm2-fp6 "*.down_proj"
     """
     from dataclasses import asdict
 
+    from fxquant.show.console import progress_bars
     from fxquant.show.text import find
 
     compiled = load(out)
+    chosen = find(compiled.program, layer)
+    compared = None
+    if model is not None:
+        with progress_bars() as progress:
+            compared = cli_compare.comparison(compiled, out, model, progress=progress)
     if as_json:
-        print_json([asdict(q) | {"story": compiled.explain(q.name)} for q in find(compiled.program, layer)])
+        print_json([asdict(q) | {"story": compiled.explain(q.name, compared)} for q in chosen])
     else:
-        typer.echo(compiled.explain(layer))
+        typer.echo(compiled.explain(layer, compared))
 
 
 app.command()(cli_compare.compare)

@@ -144,9 +144,10 @@ class CompiledModel:
         """What each pass changed in the graph, as unified diffs; or the diff between two named passes."""
         return text.diff(self.program, a, b)
 
-    def explain(self, layer: str) -> str:
-        """The story of one layer: its format, what every pass did to it, and why it stayed in float if it did."""
-        return text.explain(self.program, layer)
+    def explain(self, layer: str, comparison: Comparison | None = None) -> str:
+        """The story of one layer: its format and how well it is used, what every pass did to it, why it stayed in
+        float if it did, and its errors in a ``comparison``."""
+        return text.explain(self.program, layer, comparison)
 
     def compare(self, model: Any, inputs: Any = None, *, seed: int = 0, progress: Progress = quiet) -> Comparison:
         """Run this model and the float ``model`` it was compiled from side by side, and rank layers by their error.
@@ -158,6 +159,9 @@ class CompiledModel:
         from fxquant.comparison import compare
 
         return compare(self, model, inputs, seed=seed, progress=progress)
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def __repr__(self) -> str:
         return f"CompiledModel({len(self.program.gm.graph.nodes)} nodes, {len(self.program.trace)} passes)"

@@ -24,6 +24,7 @@ from fxquant.ops import operators as ops
 from fxquant.program import Program, Step, target_name
 from fxquant.qdq import readers, rounding_spec
 from fxquant.rewrite import get_attrs, identity, tensors
+from fxquant.show import notebook
 from fxquant.show.units import percent, seconds, size, table
 
 _LAYER_OPS: dict[Any, str] = {
@@ -134,6 +135,12 @@ class Summary:
 
     def __str__(self) -> str:
         return "\n".join(_render(self))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what ``str`` says, with tables."""
+        totals = _totals_text(self)
+        tables = [part for title, rows in _tables(self) for part in (notebook.lines(title), notebook.table(rows))]
+        return notebook.page("fxquant compiled model", notebook.lines(*totals), *tables)
 
 
 def summarize(program: Program) -> Summary:
@@ -287,6 +294,21 @@ def _activation(layer: fx.Node) -> str | None:
 
 # --- text ------------------------------------------------------------------------------------------------------------
 def _render(s: Summary) -> Iterator[str]:
+    yield from _totals_text(s)
+    for title, rows in _tables(s):
+        yield ""
+        yield title
+        yield from (f"  {row}" for row in table(rows))
+
+
+def _tables(s: Summary) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Titles and rows, those without a row besides the head left out."""
+    for title, rows in (("formats", _formats(s)), ("in float", _float_rows(s)), ("passes", _step_rows(s))):
+        if len(rows) > 1:
+            yield title, rows
+
+
+def _totals_text(s: Summary) -> Iterator[str]:
     quantized = s.quantized
     yield f"model    {size(s.bytes_before)} -> {size(s.bytes_after)} ({ratio(s.bytes_before, s.bytes_after)})"
     if s.bytes_per_weight is not None:
@@ -300,11 +322,6 @@ def _render(s: Summary) -> Iterator[str]:
     yield f"layers   {len(quantized) - factors} of {len(s.layers) - factors} quantized{added}"
     if s.error is not None:
         yield f"error    {percent(s.error)} of the first output, on the example inputs"
-    for title, rows in (("formats", _formats(s)), ("in float", _float_rows(s)), ("passes", _step_rows(s))):
-        if len(rows) > 1:
-            yield ""
-            yield title
-            yield from (f"  {row}" for row in table(rows))
 
 
 def ratio(before: int, after: int) -> str:
