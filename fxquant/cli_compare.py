@@ -47,6 +47,10 @@ def compare(
     ] = Sort.local,
     limit: Annotated[int, typer.Option(min=1, help="How many layers to print, worst first.")] = 20,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report, with these figures.")] = None,
+    model_explorer: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write graphs and overlays for Model Explorer, with these figures."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run OUT and the float MODEL on the same inputs, and rank the layers by their error: which layer hurts?
@@ -65,12 +69,21 @@ def compare(
     with progress_bars() as progress:
         found = comparison(compiled, out, model, text, data, windows, length, progress)
     if html is not None:
-        compiled.report(html, comparison=found)  # type: ignore[call-arg]
+        compiled.report(html, comparison=found)
         typer.echo(f"wrote {html}", err=as_json)
+    if model_explorer is not None:
+        show_written(compiled.model_explorer(model_explorer, found))
     if as_json:
         print_json(found.to_dict())
     else:
         typer.echo("\n".join(found.lines(sort.value, limit)))
+
+
+def show_written(files: list[Path]) -> None:
+    """Say on stderr what was written for Model Explorer, and how to open it."""
+    overlays = ", ".join(file.name for file in files[1:])
+    typer.echo(f"wrote {files[0]}; open it with: model-explorer {files[0]}", err=True)
+    typer.echo(f"overlays to load there, as custom node data: {overlays}", err=True)
 
 
 def comparison(
@@ -91,14 +104,14 @@ def _inputs(
     loaded: LoadedModel, out: Path, text: Path | None, data: Path | None, windows: int, length: int
 ) -> Any:  # fmt: skip
     """Token windows for a language model; a file's tensors, or the example inputs, for others."""
-    from fxquant.cli_measure import tensors_in
+    from fxquant.cli_measure import read_tensors
     from fxquant.evaluate import text_windows
     from fxquant.examples import is_decoder
 
     if data is not None:
         if text is not None:
             raise typer.BadParameter("--data and --text are two kinds of data; give one of them")
-        tensors = tensors_in(data)
+        tensors = read_tensors(data)
         tensors.pop("labels", None)
         return [tensors]
     if hasattr(loaded.model, "declared_inputs") or is_decoder(loaded.model):

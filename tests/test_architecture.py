@@ -34,13 +34,14 @@ MAY_IMPORT = {
 }
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
-    "document": "store", "encoding": "store", "observed": "store", "targets": "store",
-    "evaluate": "evaluate", "intervals": "evaluate",
-    "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
-    "allocation": "pipeline", "kernels": "pipeline", "comparison": "pipeline", "counterparts": "pipeline",
-    "deviations": "pipeline",
+    "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
+    "methods": "config", "recipes": "config", "grammar": "config", "places": "config", "config_schema": "config",
+    "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline", "allocation": "pipeline",
+    "candidates": "pipeline", "recommend": "pipeline", "cli_recommend": "top", "kernels": "pipeline",
+    "observed": "store", "comparison": "pipeline", "counterparts": "pipeline", "deviations": "pipeline",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
-    "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
+    "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top",
+    "cli_config": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

@@ -50,7 +50,7 @@ def _codes(found: StoredWeight) -> str:
     zeros = used[values == 0].sum()
     whole = int(used.sum())
     return (
-        f"{int((used > 0).sum())} of {len(used)} used, {percent(int(top) / whole)} of weights at the largest magnitude, "
+        f"{int((used > 0).sum())} of {len(used)} used, {percent(int(top) / whole)} of weights at the largest size, "
         f"{percent(int(zeros) / whole)} zero"
     )
 

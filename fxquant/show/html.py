@@ -20,6 +20,7 @@ import jinja2
 
 from fxquant.errors import SaveError
 from fxquant.program import Program
+from fxquant.show.numerics import Comparison
 from fxquant.show.page import formats, page_data, specs
 from fxquant.show.summary import Summary, ratio, summarize
 from fxquant.show.text import describe_spec
@@ -31,12 +32,12 @@ SCRIPTS = ("dom", "data", "charts", "layout", "tree", "detail", "graph", "change
 
 def report(
     program: Program, path: str | Path | None = None, *, title: str = "fxquant report", config: Any = None,
-    figures: Mapping[str, str] | None = None,
+    figures: Mapping[str, str] | None = None, comparison: Comparison | None = None,
 ) -> str:  # fmt: skip
     """The page as text; written to ``path`` too if that is given, whole or not at all (SaveError if it cannot be).
 
     ``config`` is shown as it is if it is a string, else as JSON. ``figures`` are measurements to show at the top, by
-    name: ``{"perplexity, float": "8.1091"}``.
+    name: ``{"perplexity, float": "8.1091"}``. ``comparison`` with the float model adds the errors of layers' outputs.
     """
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -44,7 +45,9 @@ def report(
     )  # fmt: skip
     environment.filters.update(size=size, percent=percent, seconds=seconds)
     environment.globals.update(plural=plural, ratio=ratio)
-    page = environment.get_template("report.html.j2").render(_context(program, title, config, dict(figures or {})))
+    page = environment.get_template("report.html.j2").render(
+        _context(program, title, config, dict(figures or {}), comparison)
+    )
     if path is not None:
         write_page(Path(path), page)
     return page
@@ -79,13 +82,16 @@ def embedded(value: Any) -> str:
 
 
 # --- what the template shows -----------------------------------------------------------------------------------------
-def _context(program: Program, title: str, config: Any, figures: dict[str, str]) -> dict[str, Any]:
+def _context(
+    program: Program, title: str, config: Any, figures: dict[str, str], comparison: Comparison | None
+) -> dict[str, Any]:
     summary, code = summarize(program), script()
     return {
         "title": title,
         "config": config if isinstance(config, str) else json.dumps(config, indent=2, default=str) if config else "",
         "s": summary,
         "figures": figures,
+        "compared": comparison,
         "inputs": [(i.name, str(i.type)) for i in program.signature.inputs],
         "specs": [(spec, describe_spec(spec)) for spec in specs(summary)],
         "formats": formats(summary),
@@ -93,7 +99,7 @@ def _context(program: Program, title: str, config: Any, figures: dict[str, str])
         "max_seconds": max((step.seconds for step in summary.steps), default=0.0),
         "max_step_error": max((_finite(step.error) for step in summary.steps), default=0.0),
         "share": _share,
-        "data": embedded(page_data(program, summary)),
+        "data": embedded(page_data(program, summary, comparison)),
         "script": code,
         "hash": base64.b64encode(hashlib.sha256(code.encode()).digest()).decode(),
     }

@@ -14,15 +14,17 @@ from fxquant.graph import info
 from fxquant.observations import Candidate, Histogram, LayerObservation, Observations
 from fxquant.program import Program
 from fxquant.scheme import parse_spec
+from fxquant.show.numerics import Comparison, Errors, LayerError
 from fxquant.show.summary import LayerSummary, Summary
 from fxquant.show.text import Stories, describe_spec
+from fxquant.show.units import percent
 
-BUDGET = {"lines": 2_600_000, "stories": 1_000_000, "observed": 700_000}
+BUDGET = {"lines": 2_400_000, "stories": 900_000, "observed": 600_000, "compared": 400_000}
 """Characters each part may take; what lies beyond is left out, and the page says so."""
 
 
-def page_data(program: Program, summary: Summary) -> dict[str, Any]:
-    """Everything that the script draws."""
+def page_data(program: Program, summary: Summary, comparison: Comparison | None = None) -> dict[str, Any]:
+    """Everything that the script draws; ``comparison`` with the float model adds errors of outputs, layer by layer."""
     lines, steps = _graphs(program, summary)
     return {
         "lines": lines,
@@ -31,6 +33,7 @@ def page_data(program: Program, summary: Summary) -> dict[str, Any]:
         "specs": {spec: {"words": describe_spec(spec), "grid": _grid(spec)} for spec in specs(summary)},
         "modules": _modules(program),
         "observed": None if program.observations is None else _observed(program.observations, summary),
+        "comparison": None if comparison is None else _compared(comparison),
         "bytes": {"before": summary.bytes_before, "after": summary.bytes_after, "weights": summary.weight_bytes_after},
     }
 
@@ -107,11 +110,12 @@ def formats(summary: Summary) -> list[dict[str, Any]]:
         found.setdefault(q.spec or "float", []).append(q)
     rows = []
     for name, members in found.items():
-        errors = [q.error for q in members if _finite(q.error) is not None]
-        rows.append({
-            "name": name, "layers": len(members), "error": sum(errors) / len(errors) if errors else None,  # type: ignore[arg-type]
-            "nbytes": sum(q.bytes_after for q in members if not q.tied_to),
-        })  # fmt: skip
+        errors = [q.error for q in members if q.error is not None and math.isfinite(q.error)]
+        mean, stored = (
+            sum(errors) / len(errors) if errors else None,
+            sum(q.bytes_after for q in members if not q.tied_to),
+        )
+        rows.append({"name": name, "layers": len(members), "error": mean, "nbytes": stored})
     return sorted(rows, key=lambda row: (row["name"] == "float", -row["nbytes"]))
 
 
@@ -136,6 +140,33 @@ def _layer(layer: LayerObservation) -> dict[str, Any]:
         "error": _finite(layer.error),
         "candidates": [_candidate(c) for c in layer.candidates],
     }
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+def _compared(found: Comparison) -> dict[str, Any]:
+    left, layers = BUDGET["compared"], dict[str, Any]()
+    ranks = {by: {row.name: i + 1 for i, row in enumerate(found.ranked(by))} for by in ("local", "accumulated")}
+    for row in found.layers:
+        layers[row.name] = {
+            "type": row.type, "node": row.node,
+            "local": _relative(row.local), "accumulated": _relative(row.accumulated),
+            "alone": _in_words(row, row.local, ranks["local"], "fed what the float model is fed"),
+            "inside": _in_words(row, row.accumulated, ranks["accumulated"], "inside the quantized model"),
+            "reason": row.reason, "input": _histogram(row.input) if left > 0 else None,
+        }  # fmt: skip
+        left -= 6 * len(row.input.counts) if row.input is not None else 0
+    return {"layers": layers, "samples": found.samples, "tokens": found.tokens}
+
+
+def _relative(errors: Errors | None) -> float | None:
+    return None if errors is None else _finite(errors.relative)
+
+
+def _in_words(row: LayerError, errors: Errors | None, ranks: dict[str, int], where: str) -> str:
+    if errors is None:
+        return row.reason or "not compared"
+    rank = f", worst {ranks[row.name]} of {len(ranks)}" if row.name in ranks else ""
+    return f"{percent(errors.relative)}, SQNR {errors.sqnr:.1f} dB, cosine {errors.cosine:.5f} {where}{rank}"
 
 
 def _histogram(value: Histogram | None) -> list[Any] | None:

@@ -3,6 +3,7 @@ const DATA = JSON.parse($("data").textContent);
 const LAYERS = new Map(DATA.layers.map((layer) => [layer.name, layer]));
 const LAYER_OF_NODE = new Map(DATA.layers.map((layer) => [layer.node, layer]));
 const seen = (layer) => (DATA.observed && DATA.observed.layers[layer.name]) || null;
+const COMPARED_NODES = new Map(Object.values((DATA.comparison && DATA.comparison.layers) || {}).map((row) => [row.node, row]));
 const compared = (layer) => (DATA.comparison && DATA.comparison.layers[layer.name]) || null;
 
 /** The lines of the graph after a step, null where the page had no room for them. */

@@ -7,8 +7,9 @@ function drawDetail() {
       h("h4", {}, "Worst layers"), worst(DATA.layers)));
     return;
   }
-  const layer = selected.kind === "node" ? selected.node.layer : null;
-  const body = selected.kind === "module" ? moduleDetail(selected) : layer ? layerDetail(layer) : [];
+  const alone = selected.kind === "module" && selected.layers.length === 1 && selected.layers[0].name === selected.path;
+  const layer = alone ? selected.layers[0] : selected.kind === "node" ? selected.node.layer : null;
+  const body = layer ? layerDetail(layer) : selected.kind === "module" ? moduleDetail(selected) : [];
   detail.replaceChildren(h("div", { class: "pad" }, heading(selected, layer), body, selected.kind === "node" && nodeDetail(selected.node)));
 }
 function heading(selected, layer) {
@@ -32,15 +33,21 @@ function layerDetail(q) {
       fact("size", q.spec ? `${size(q.before)} → ${size(q.after)}` : size(q.after)),
       fact("weight error", q.error === null ? null : percent(q.error), "‖W′ − W‖ / ‖W‖"),
       fact("output error", o && o.error !== null ? `${percent(o.error)} expected` : null, "of W′x against Wx, if the columns of x did not correlate; from sampled rows"),
-      c && fact("compared", c.text),
+      c && [fact("alone", c.alone), fact("in the model", c.inside)],
       fact("tied to", q.tied), fact("part of", q.part), fact("source", q.source)),
     o && o.weight && histogramChart(o.weight, { grid: spec && spec.grid, label: "Weight on the grid of its format", unit: "float weights divided by their scale; ticks: the format's values" }),
-    o && o.input && histogramChart(o.input, { grid: q.activation && o.input[5] === "scale" ? DATA.specs[q.activation].grid : null, label: "Input", unit: o.input[5] === "scale" ? "each token divided by its scale; ticks: the format's values" : `values on ${DATA.observed.inputs}` }),
+    inputChart(q, c && c.input, "the inputs compared on"),
+    !(c && c.input) && inputChart(q, o && o.input, o && DATA.observed.inputs),
     o && o.scale && histogramChart(o.scale, { label: "Scales", unit: "binary logarithm of the scales" }),
     o && o.candidates.length > 0 && [h("h4", {}, "Other formats for this layer"), scatterChart([...o.candidates.map(([label, y, x]) => ({ label, y, x })), { label: q.spec, x: q.after, y: o.error, own: true }], { width: 340, height: 220, label: "Size against expected output error" }), h("p", { class: "note" }, "size against expected output error, rounded to nearest; the star is this model")],
     h("h4", {}, "What each pass did"),
     q.story === null ? h("p", { class: "muted" }, `Left out to keep this page small; fxquant explain OUT ${q.name} tells it.`) : h("pre", { class: "story", tabindex: 0 }, q.story.split("\n").map(storyLine)),
   ];
+}
+function inputChart(q, data, where) {
+  if (!data) return null;
+  const scaled = data[5] === "scale";
+  return histogramChart(data, { grid: scaled && q.activation ? DATA.specs[q.activation].grid : null, label: "Input", unit: scaled ? `divided by its scale, on ${where}; ticks: the format's values` : `values on ${where}` });
 }
 function storyLine(text) {
   const kind = text.startsWith("    ") ? text[4] : " ";
@@ -66,8 +73,10 @@ function worst(layers) {
 }
 
 function nodeDetail(node) {
+  const c = !node.layer && COMPARED_NODES.get(node.name);
   const other = (list) => h("ul", { class: "nodes" }, list.slice(0, 40).map((n) => h("li", {}, h("button", { type: "button", class: "link", onclick: () => selectNode(n.name) }, h("code", {}, n.name)), h("span", { class: "side" }, n.type))), list.length > 40 && h("li", {}, `… ${list.length - 40} more`));
   return [
+    c && h("dl", {}, fact(c.type, " "), fact("alone", c.alone), fact("in the model", c.inside)),
     h("h4", {}, "Node"), h("pre", { class: "story", tabindex: 0 }, h("span", {}, node.text)),
     node.inputs.length > 0 && [h("h4", {}, "Reads"), other(node.inputs)],
     node.constants.length > 0 && [h("h4", {}, "Tensors"), h("ul", { class: "nodes" }, node.constants.map((n) => h("li", {}, h("code", {}, n.constant), h("span", { class: "side" }, n.type))))],
