@@ -94,6 +94,8 @@ def recommend(
     if as_json:
         print_json({"out": None if out is None else str(out), **found.to_dict()})
         return
+    if loaded.quantized:
+        note(f"{loaded.name} was quantized before ({loaded.quantized}): losses are measured against that")
     typer.echo(str(found))
     if out is not None:
         typer.echo(f"\nwrote {out}; next: fxquant compile {model} -c {out} -o OUT")
