@@ -95,14 +95,14 @@ def compile_(
 
         fxquant compile model.gguf -c my-config.yaml -o out --overwrite
     """
-    from fxquant import hf, pipeline, store
+    from fxquant import checkpoints, pipeline, store
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
     settings = load_config(config)
     store.check_place(out.absolute(), overwrite)
     with progress_bars() as progress:
-        loaded = hf.load_model(model, kv_cache=kv_cache, progress=progress)
+        loaded = checkpoints.load_model(model, kv_cache=kv_cache, progress=progress)
         data = calibration_data(settings, loaded, calibration)
         compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, calibration=data, progress=progress)
         progress("save", 0, 0)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fxquant.compiled import CompiledModel
     from fxquant.config import Config
-    from fxquant.hf import LoadedModel
+    from fxquant.checkpoints import LoadedModel
     from fxquant.program import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
@@ -55,7 +55,7 @@ def calibration_data(settings: Config, loaded: LoadedModel, path: Path | None) -
 
 def open_model(model: Path, progress: Progress) -> tuple[Any, Any | None]:
     """What to call, and the tokenizer that was loaded with it: a compiled folder, ONNX file, HF folder or GGUF file."""
-    from fxquant import evaluate, hf
+    from fxquant import checkpoints, evaluate
 
     if model.suffix == ".onnx":
         if not model.is_file():
@@ -63,7 +63,7 @@ def open_model(model: Path, progress: Progress) -> tuple[Any, Any | None]:
         return evaluate.OnnxModel(model), None
     if (model / "graph.json").is_file():
         return load(model), None
-    loaded = hf.load_model(model, progress=progress)
+    loaded = checkpoints.load_model(model, progress=progress)
     return loaded.model, loaded.tokenizer
 
 
@@ -80,7 +80,7 @@ def language_model(model: Path, tokenizer: Path | None, progress: Progress) -> t
 
 def tokenizer_in(folder: Path | None, model: Path) -> Any:
     """The tokenizer in ``folder``, or in its folder ``tokenizer``."""
-    from fxquant import hf
+    from fxquant import checkpoints
 
     if folder is None:
         raise InputError(f"{model} has no tokenizer; give the folder of one with --tokenizer FOLDER")
@@ -89,7 +89,7 @@ def tokenizer_in(folder: Path | None, model: Path) -> Any:
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not (place / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")
-    return hf.transformers().AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    return checkpoints.transformers().AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
 
 
 def read_text(text: Path | None) -> str | None:
