@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import ModelError
+from fxquant.errors import FxquantError, ModelError
 from fxquant.examples import example_inputs
 from fxquant.kv_cache import CachedDecoder, with_cache
 from fxquant.program import Progress, quiet
@@ -31,7 +31,7 @@ class LoadedModel:
 
     ``example_inputs`` are keyword tensors that suit the architecture. ``quantized`` says how the source was quantized
     before (``"GGUF Q4_1"``), None for float weights: such a model is the float form of a quantized grid, and accuracy
-    measured against it flatters formats that lie on the same grid.
+    measured against it flatters formats that lie on the same grid. ``dtype`` is what the floats of the source were.
     """
 
     model: nn.Module
@@ -39,6 +39,7 @@ class LoadedModel:
     example_inputs: dict[str, Tensor]
     name: str
     quantized: str | None = None
+    dtype: torch.dtype = torch.float32
 
 
 def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress = quiet) -> LoadedModel:
@@ -53,13 +54,44 @@ def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress =
     progress("load model", 0, 3)
     with _no_bars(hf):
         model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path), None)
+        dtype = torch.float32 if path.is_file() else _stored_dtype(_config(path))
         progress("load tokenizer", 1, 3)
         tokenizer = _tokenizer(hf, path)
     progress("make example inputs", 2, 3)
     model = with_cache(model.eval()) if kv_cache else model.eval()
     inputs = model.example_inputs() if isinstance(model, CachedDecoder) else example_inputs(model)
     progress("load model", 3, 3)
-    return LoadedModel(model, tokenizer, inputs, path.stem if path.is_file() else path.resolve().name, quantized)
+    return LoadedModel(model, tokenizer, inputs, path.stem if path.is_file() else path.resolve().name, quantized, dtype)
+
+
+def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, Any | None]:
+    """The transformers model on packed weights in a folder that ``save_pretrained`` wrote, and its tokenizer.
+
+    In eval mode; what is not packed is in fp32. ModelError for another folder, LoadError for one that was changed.
+    """
+    path = Path(path)
+    _check_path(path)
+    hf = transformers()
+    if not is_packed(path):
+        raise ModelError(f"{path} holds no weights that fxquant packed; {_KINDS}: fxquant compile takes those")
+    from fxquant import hf_quantizer  # noqa: F401  it registers with transformers
+
+    progress("load model", 0, 2)
+    with _no_bars(hf):
+        model = _loaded(hf, path, _config(path))
+        progress("load tokenizer", 1, 2)
+        tokenizer = _tokenizer(hf, path)
+    progress("load model", 2, 2)
+    return model.eval(), tokenizer
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether it is a Hugging Face folder whose weights fxquant packed."""
+    try:
+        method = _config(Path(path)).get("quantization_config")
+    except ModelError:
+        return False
+    return isinstance(method, dict) and method.get("quant_method") == "fxquant"
 
 
 def transformers() -> ModuleType:
@@ -136,22 +168,46 @@ def _inside(path: Path) -> str:
 
 
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------
-def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
+def _config(path: Path) -> dict[str, Any]:
+    """What config.json in the folder says; ModelError where it cannot be read."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it is not a JSON object")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {error}; fetch the file again") from error
+    return config
+
+
+def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    """What a config says its weights are; float32 where it does not."""
+    names = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+    return names.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+
+
+def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
+    config = _config(path)
+    if is_packed(path):
+        raise ModelError(
+            f"{path} was quantized by fxquant already; start from the float model it was made from. It runs as it is, "
+            f"in fxquant eval and fxquant generate, and in Python after import fxquant.hf: from_pretrained({str(path)!r})"
+        )
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
         raise ModelError(f"{path} is already quantized ({kind}); start from the float model it was made from")
+    return _loaded(hf, path, config)
+
+
+def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
+    """The model of the class that the config names, in fp32; nothing of it may be missing."""
     cls = _model_class(hf, path, config)
     try:
         model, loaded = cls.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
             output_loading_info=True,
         )  # fmt: skip
+    except FxquantError:
+        raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many types here
         raise ModelError(f"{path} cannot be loaded as {cls.__name__}: {_first_line(error)}") from error
     if missing := sorted(loaded["missing_keys"]):

@@ -1,4 +1,5 @@
-"""Text from a language model, token by token: a compiled model in torch, or its ONNX file in onnxruntime.
+"""Text from a language model, token by token: a compiled model in torch, a transformers model on packed weights, or an
+ONNX file in onnxruntime.
 
 An ``Engine`` is given token ids and returns the logits of what comes next; it keeps what it was given, as a KV cache
 where the model has one (``fxquant compile --kv-cache``), else as ids that it computes anew in every step. ``generate``
@@ -151,6 +152,29 @@ class TorchEngine:
         found = found if isinstance(found, dict) else {LOGITS: getattr(found, LOGITS, None)}
         self._past = past_of(found) if self.cached else {}
         return _last(found.get(LOGITS))
+
+
+class TransformersEngine:
+    """A transformers model, with the KV cache that it makes itself. InputError where it is no language model."""
+
+    cached = True
+
+    def __init__(self, model: Any) -> None:
+        if not getattr(model, "can_generate", lambda: False)() or model.config.is_encoder_decoder:
+            raise InputError(f"{type(model).__name__} does not generate text; generation takes a causal language model")
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limits: Sequence[str] = [f"{PAST} + sequence <= {most}"] if most else []
+        self._model = model
+        self.reset()
+
+    def reset(self) -> None:
+        self._past: Any = None
+
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            found = self._model(input_ids=torch.tensor([list(ids)]), past_key_values=self._past, use_cache=True)
+        self._past = found.past_key_values
+        return _last(found.logits)
 
 
 class OnnxEngine:

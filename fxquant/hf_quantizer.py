@@ -31,12 +31,12 @@ from fxquant.weight_table import (
     build,
     check_stored,
     check_values,
+    finish,
     holders,
     read_table,
     restore,
     stored_tensors,
     table_of,
-    tie,
     to_dict,
 )
 
@@ -129,15 +129,15 @@ class FxquantHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
-        files = kwargs.get("checkpoint_files")
-        given = _headers(files)
-        table, have = _named_as(model, self.quantization_config.weights, given)
-        entries = build(model, table)
-        self._want = stored_tensors(entries)
-        check_stored(self._want, {name: found for name, found in have.items()})
-        _keep_dtypes(model, kwargs.get("dtype"))
+        stored = _headers(kwargs.get("checkpoint_files"))
+        table, have = _named_as(model, self.quantization_config.weights, stored)
+        dtype = model.dtype
+        self._want = stored_tensors(build(model, table))
+        check_stored(self._want, have)
+        _keep_dtypes(model, dtype)
         _forget_ties(model)
-        _mark_loaded(model, set(have))
+        for name in (name for name, entry in table.items() if isinstance(entry, str)):  # they get their weight later
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         self._table = table
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -150,7 +150,7 @@ class FxquantHfQuantizer(HfQuantizer):  # type: ignore[misc]
             module, _, part = name.rpartition(".")
             owner = model.get_submodule(module)
             owner._buffers[part] = owner._buffers[part].to(dtype)
-        tie(model, self._table)
+        finish(model, self._table)
         check_values(model)
         attach(model, self.quantization_config)
         return model
@@ -268,27 +268,13 @@ def _forget_ties(model: Any) -> None:
             module.all_tied_weights_keys = module._tied_weights_keys = kept
 
 
-def _keep_dtypes(model: Any, dtype: torch.dtype | None) -> None:
+def _keep_dtypes(model: Any, dtype: torch.dtype) -> None:
     """Weights that a model keeps in float32 decode to that, such as T5's ``wo`` in a float16 model."""
-    plan = model._get_dtype_plan(dtype) if dtype is not None and hasattr(model, "_get_dtype_plan") else {}
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     for name, module, _ in holders(model):
         for pattern, kept in plan.items():
             if re.search(pattern, name):
                 getattr(module, HELD).dtype = kept
-
-
-def _mark_loaded(model: Any, stored: set[str]) -> None:
-    """Say of modules around packed weights that they are initialized, where the file has all that is in them.
-
-    transformers initializes modules that are not, and some do so by reading their children's weights, which would
-    decode them.
-    """
-    around = {where.rsplit(".", depth)[0] for _, _, where in holders(model) for depth in range(where.count(".") + 1)}
-    for where in around:
-        module = model.get_submodule(where)
-        buffers = {name for name, _ in module.named_buffers() if not name.endswith(".original")}
-        if {f"{where}.{n}" for n in (*buffers, *dict(module.named_parameters()))} <= stored:
-            module._is_hf_initialized = True
 
 
 __all__ = ["METHOD", "Entry", "FxquantConfig", "FxquantHfQuantizer", "attach"]

@@ -1,7 +1,8 @@
-"""Modules on packed weights: what ``quantize_`` puts in the place of a float module, and a checkpoint is loaded into."""
+"""Modules on packed weights: what ``quantize_`` puts in the place of a float module, and checkpoints load into."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,7 +26,12 @@ class PackedWeight(nn.Module):
     ``dtype`` is what it decodes to. A cast of the module (``model.half()``) changes that and leaves the buffers, whose
     dtypes belong to the spec, as they are. ``transposed`` says that the parameter it stands for has its last two
     dimensions in the other order. ``factors``, U and V, are added to the weight as their product: what LoRC found.
+    ``error`` is ||W - W'|| / ||W||, where it is known. While the weight is ``pending``, waiting for its values, it
+    decodes to a tensor on the meta device, which anyone may fill.
     """
+
+    pending = False
+    error: float | None = None
 
     packed: Tensor
     scale: Tensor
@@ -45,6 +51,9 @@ class PackedWeight(nn.Module):
 
     def decode(self) -> Tensor:
         """The parameter this stands for: its values rounded to the grid, with U V where it has factors; ``dtype``."""
+        if self.pending:
+            nothing = torch.empty(self.shape, dtype=self.dtype, device="meta")
+            return nothing.transpose(-1, -2) if self.transposed else nothing
         value: Tensor = ops.dequantize_packed(*self.parts, self.spec, list(self.shape), **self.outer, dtype=self.dtype)
         if self.factors:
             U, V = self._thin
@@ -117,7 +126,7 @@ class RoundedInput(nn.Module):
 class Quantized(nn.Module):
     """What stands in the place of a float module: its bias, its plain attributes, its hooks, and a packed weight."""
 
-    bias: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(self, weight: PackedWeight | None, old: nn.Module) -> None:
         super().__init__()
@@ -292,10 +301,12 @@ def _packed_weight(
     parts = {k: None if given.get(k) is None else fetch(program.gm, str(given[k].target)) for k in _PARTS}
     transposed = str(given["packed"].target).removeprefix(quant.weight).startswith("_t_")  # as insert_qdq names it
     U, V = (None, None) if factors is None else (_packed_weight(program, factor, dtype) for factor in factors)
-    return PackedWeight(
+    weight = PackedWeight(
         parts, spec=given["spec"], shape=tuple(given["shape"]), dtype=dtype, transposed=transposed,
         factors=None if U is None or V is None else (U, V),
     )  # fmt: skip
+    weight.error = quant.error if math.isfinite(quant.error) else None
+    return weight
 
 
 def replace(
@@ -304,7 +315,7 @@ def replace(
     """Put ``weight`` in the place of the parameter ``name`` of ``model``, whose tensor is ``original``.
 
     A module of a known type is replaced as a whole, any other decodes the parameter when it is read. None leaves the
-    place for a packed weight that is still to come, in a module of a known type.
+    place for a packed weight that is still to come.
     """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
@@ -312,11 +323,15 @@ def replace(
     if new is not None:
         model.set_submodule(path, new)
         return
-    if weight is None or parametrize.is_parametrized(module, leaf):  # a module that has two paths
+    if parametrize.is_parametrized(module, leaf):  # a module that has two paths
+        return
+    if weight is None:
+        delattr(module, leaf)
+        module.register_buffer(leaf, original.new_empty(0), persistent=False)
         return
     parametrize.register_parametrization(module, leaf, DecodedParameter(weight), unsafe=True)
     table: Any = module.parametrizations[leaf]  # type: ignore[index]
-    del table._parameters["original"]  # torch keeps it as a parameter; here it is nothing, and no checkpoint has it
+    delattr(table, "original")  # torch keeps it with the model's tensors; here it is nothing, and no checkpoint has it
     table.register_buffer("original", original.new_empty(0), persistent=False)
 
 

@@ -1,6 +1,6 @@
 """The table of packed weights of a model: what a checkpoint says beside its tensors, so that it is loaded as it is.
 
-    {"model.layers.0.mlp.up_proj.weight": {"spec": "e3m2/channel", "shape": [1536, 576]},
+    {"model.layers.0.mlp.up_proj.weight": {"spec": "e3m2/channel", "shape": [1536, 576], "error": 0.0391},
      "transformer.h.0.attn.c_attn.weight": {"spec": "e2m1/group64", "shape": [2304, 768], "transposed": true,
                                             "activation": "e4m3/token",
                                             "factors": [{"spec": ..., "shape": [2304, 8]}, {...}]},
@@ -8,9 +8,10 @@
      "lm_head.weight": {"same_as": "model.embed_tokens.weight"}}
 
 ``shape`` is that of the packed weight, output channels first; ``rows`` how many rows of codes it has, where that is not
-``shape[0]``. Tensors lie at ``<module>.weight_packed.<part>`` for modules that are replaced as a whole, else at
-``<module>.parametrizations.<name>.0.weight_packed.<part>``. A table read from a file is not trusted: ``read_table`` checks
-each entry by itself, ``build`` against the model, ``check_stored`` and ``check_values`` the tensors.
+``shape[0]``; ``error`` is ||W - W'|| / ||W||, where it is known. Tensors lie at ``<module>.weight_packed.<part>`` for
+modules that are replaced as a whole, else at ``<module>.parametrizations.<name>.0.weight_packed.<part>``. A table read
+from a file is not trusted: ``read_table`` checks each entry by itself, ``build`` against the model, ``check_stored``
+and ``check_values`` the tensors.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from fxquant import packing
-from fxquant.encoding import MalformedError, decode_spec, fields, items, path, whole
+from fxquant.encoding import MalformedError, decode_number, decode_spec, fields, items, path, whole
 from fxquant.errors import FormatError, LoadError
 from fxquant.modules import PackedWeight, Quantized, QuantizedLinear, RoundedInput, is_linear, replace
 from fxquant.qtensor import check_scale
@@ -35,6 +36,10 @@ HELD = "weight_packed"
 """The attribute that holds a packed weight, in a replaced module and in a parametrization."""
 _MOST_ENTRIES = 1 << 20
 _CHANGED = "the folder was changed or only half written: save the model again, or fetch all of its files anew"
+
+
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +52,28 @@ class Entry:
     transposed: bool = False
     activation: QuantSpec | None = None
     factors: tuple[Entry, ...] = ()
+    error: float | None = None
 
     @property
     def cols(self) -> int:
         return math.prod(self.shape) // self.rows
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, factors included."""
+        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.parts().values())
+
+    @property
     def logical(self) -> tuple[int, ...]:
         """The shape of the parameter that it stands for."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
-    def parts(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def parts(self) -> dict[str, Kind]:
         """Its tensors below ``weight_packed``: dtype and shape of each."""
         spec, grid = self.spec, self.spec.scale_shape(self.rows, self.cols)
         stored = torch.uint8 if spec.kind.format is not None else spec.scale_dtype
         packed = packing.packed_shape((self.rows, self.cols), packing.planar(spec.format.bits))
-        found = {"packed": (torch.uint8, packed), "scale": (stored, grid)}
+        found: dict[str, Kind] = {"packed": (torch.uint8, packed), "scale": (stored, grid)}
         if spec.has_zero_point:
             found["zero_point"] = (torch.uint8, grid)
         if (outer := spec.outer_shape(self.rows)) is not None:
@@ -76,10 +87,12 @@ class Entry:
         names = ("packed", "scale", "zero_point", "tensor_scale", "exponent_bias")
         own = {k: torch.empty(v[1], dtype=v[0], device="meta") for k, v in self.parts().items() if "." not in k}
         factors = [factor.empty(dtype) for factor in self.factors]
-        return PackedWeight(
+        weight = PackedWeight(
             {k: own.get(k) for k in names}, spec=str(self.spec), shape=self.shape, dtype=dtype,
             transposed=self.transposed, factors=(factors[0], factors[1]) if factors else None,
         )  # fmt: skip
+        weight.pending, weight.error = True, self.error
+        return weight
 
     def rounding(self) -> RoundedInput | None:
         if self.activation is None:
@@ -97,6 +110,8 @@ class Entry:
             found["activation"] = str(self.activation)
         if self.factors:
             found["factors"] = [factor.to_dict() for factor in self.factors]
+        if self.error is not None:
+            found["error"] = float(f"{self.error:.4g}")
         return found
 
 
@@ -134,7 +149,7 @@ def _entry_of(weight: PackedWeight, rounding: RoundedInput | None = None) -> Ent
     factors: Any = weight.factors
     return Entry(
         parse_spec(weight.spec), tuple(weight.shape), weight.packed.shape[0], weight.transposed,
-        None if rounding is None else parse_spec(rounding.spec), tuple(_entry_of(f) for f in factors),
+        None if rounding is None else parse_spec(rounding.spec), tuple(_entry_of(f) for f in factors), weight.error,
     )  # fmt: skip
 
 
@@ -162,7 +177,7 @@ def _read(value: Any, name: str, *, factor: bool = False) -> Entry | str:
     where = f"weight {name[:200]!r}"
     if isinstance(value, dict) and "same_as" in value:
         return path(fields(value, where, ["same_as"])["same_as"], where)
-    optional = [] if factor else ["rows", "transposed", "activation", "factors"]
+    optional = ["error"] if factor else ["rows", "transposed", "activation", "factors", "error"]
     found = fields(value, where, ["spec", "shape"], optional)
     spec = decode_spec(found["spec"], where)
     if spec.dynamic or (isinstance(spec.granularity, PerChannel) and spec.granularity.axis):
@@ -177,7 +192,8 @@ def _read(value: Any, name: str, *, factor: bool = False) -> Entry | str:
     if not isinstance(transposed, bool) or (transposed and len(shape) < 2):
         raise MalformedError(f"transposed of {where} is {str(transposed)[:60]}; expected true or false")
     factors = _factors(found["factors"], name, shape) if "factors" in found else ()
-    return Entry(spec, shape, rows, transposed, _activation(found, where), factors)
+    error = decode_number(found["error"], f"the error of {where}") if "error" in found else None
+    return Entry(spec, shape, rows, transposed, _activation(found, where), factors, error)
 
 
 def _factors(value: Any, name: str, shape: tuple[int, ...]) -> tuple[Entry, ...]:
@@ -200,7 +216,7 @@ def _activation(found: Mapping[str, Any], where: str) -> QuantSpec | None:
 
 # --- into a model -----------------------------------------------------------------------------------------------------
 def build(model: nn.Module, table: Table) -> dict[str, Entry]:
-    """Make ``model`` one whose weights are packed as ``table`` says, without values; ties come in ``tie``.
+    """Make ``model`` one whose weights are packed as ``table`` says, without values; ``finish`` follows.
 
     Returns the entries by the path of their tensors. LoadError, before any change, for a weight that the model has not
     or has in another shape.
@@ -238,9 +254,12 @@ def _problem(model: nn.Module, name: str, shape: tuple[int, ...], entry: Entry) 
     return None
 
 
-def tie(model: nn.Module, table: Table) -> None:
-    """Give the names that are the same as another its packed weight, once that has its values."""
+def finish(model: nn.Module, table: Table) -> None:
+    """Weights have their values now; the names that are the same as another get its packed weight."""
     held = {name: getattr(module, HELD) for name, module, _ in holders(model)}
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            module.pending = False
     for name, source in table.items():
         if not isinstance(source, str):
             continue
@@ -255,9 +274,9 @@ def tie(model: nn.Module, table: Table) -> None:
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
-def stored_tensors(entries: Mapping[str, Entry]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def stored_tensors(entries: Mapping[str, Entry]) -> dict[str, Kind]:
     """Every tensor that packed weights need, by its name in the model: dtype and shape."""
-    found = {}
+    found: dict[str, Kind] = {}
     for where, entry in entries.items():
         found |= {f"{where}.{HELD}.{part}": kind for part, kind in entry.parts().items()}
         if entry.activation is not None and entry.activation.static:
@@ -265,10 +284,8 @@ def stored_tensors(entries: Mapping[str, Entry]) -> dict[str, tuple[torch.dtype,
     return found
 
 
-def check_stored(
-    want: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], have: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]
-) -> None:  # fmt: skip
-    """LoadError, naming the first, where a tensor is missing, or is there in another dtype or shape, or needs an entry."""
+def check_stored(want: Mapping[str, Kind], have: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> None:
+    """LoadError for the first tensor that is missing, is of another dtype or shape, or belongs to no entry."""
     for name, (dtype, shape) in want.items():
         if name not in have:
             raise LoadError(f"tensor {name!r} of a packed weight is missing from the checkpoint; {_CHANGED}")
