@@ -190,7 +190,7 @@ def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
     if is_packed(path):
         raise ModelError(
             f"{path} was quantized by fxquant already; start from the float model it was made from. It runs as it is, "
-            f"in fxquant eval and fxquant generate, and in Python after import fxquant.hf: from_pretrained({str(path)!r})"
+            f"in fxquant eval, in fxquant generate, and in Python after import fxquant.hf: from_pretrained(FOLDER)"
         )
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
