@@ -85,6 +85,24 @@ def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, A
     return model.eval(), tokenizer
 
 
+def empty_model(path: str | Path) -> nn.Module | None:
+    """The model at ``path`` in eval mode and fp32, its parameters on the meta device: no weights are read.
+
+    None for a GGUF file whose header does not say which model it is. Raises ModelError as ``load_model`` does.
+    """
+    path = Path(path)
+    _check_path(path)
+    hf = transformers()
+    if path.is_file():
+        config = _gguf_header(path)[1]
+        return None if config is None else _without_values(hf, config).eval()
+    cls = _model_class(hf, path, _float_config(path))
+    config = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
+        return build(config, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+
+
 def is_packed(path: str | Path) -> bool:
     """Whether it is a Hugging Face folder whose weights fxquant packed."""
     try:
@@ -185,7 +203,8 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
     return names.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
 
 
-def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
+def _float_config(path: Path) -> dict[str, Any]:
+    """config.json of a float model; ModelError where it cannot be read, or is that of a quantized one."""
     config = _config(path)
     if is_packed(path):
         raise ModelError(
@@ -195,7 +214,11 @@ def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
     if method := config.get("quantization_config"):
         kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
         raise ModelError(f"{path} is already quantized ({kind}); start from the float model it was made from")
-    return _loaded(hf, path, config)
+    return config
+
+
+def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
+    return _loaded(hf, path, _float_config(path))
 
 
 def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
