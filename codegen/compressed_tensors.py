@@ -239,9 +239,10 @@ _CEIL = (
 
 def _not_exact(weight: Weight, row: Format, wrong: int) -> ExportError:
     advice = _CEIL if row.name.startswith("nvfp4") else "compile with another scale format, such as fp32"
+    q = weight.tensor
     return ExportError(
-        f"{weight.layer} is {weight.tensor.spec}, and {wrong} of its {weight.tensor.codes.numel()} weights would change "
-        f"in their last bit as {row.name}\nWhat to do: {advice}"
+        f"{weight.layer} is {q.spec}, and {wrong} of its {q.codes.numel()} weights would change in their last bit as "
+        f"{row.name}\nWhat to do: {advice}"
     )
 
 

@@ -46,7 +46,7 @@ def export_compressed_tensors(
     config = source_config(source)
     _check_target(target, overwrite)
     progress("read the graph", 0, 0)
-    skeleton = empty_model(source)
+    skeleton = empty_model(model_config(source))
     packed, floats = complete(read(compiled.program), parameter_names(skeleton))
     if not packed:
         raise ExportError("the compiled model has no quantized weight; there is nothing to write but the source folder")
@@ -66,7 +66,7 @@ def export_compressed_tensors(
     _write(target, source, config, tensors, max_shard_bytes)
 
 
-# --- the source model ---------------------------------------------------------------------------------------------------
+# --- the source model -------------------------------------------------------------------------------------------------
 def source_config(source: Path) -> dict[str, Any]:
     """The config.json of the folder that was compiled. ModelError where there is none, or of a quantized model."""
     if not (source / "config.json").is_file():
@@ -85,17 +85,30 @@ def source_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def empty_model(source: Path) -> nn.Module:
-    """The model of a folder's config.json, without values."""
+def model_config(source: Path) -> Any:
+    """The transformers config of a folder."""
     hf = transformers()
     try:
-        config = hf.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        cls: Any = getattr(hf, str((config.architectures or ["AutoModelForCausalLM"])[0]), None)
-        with torch.device("meta"):
-            return cls._from_config(config) if hasattr(cls, "_from_config") else cls.from_config(config)  # type: ignore[no-any-return]
+        return hf.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
-        raise ModelError(f"{source / 'config.json'} makes no model in transformers {hf.__version__}: "
-                         f"{type(error).__name__}: {str(error)[:200]}") from error  # fmt: skip
+        raise _no_model(source, hf.__version__, error) from error
+
+
+def empty_model(config: Any) -> nn.Module:
+    """The model of a transformers config, without values."""
+    hf = transformers()
+    try:
+        cls: Any = getattr(hf, str((config.architectures or ["AutoModelForCausalLM"])[0]))
+        make = cls._from_config if hasattr(cls, "_from_config") else cls.from_config
+        with torch.device("meta"):
+            return make(config)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise _no_model(config.name_or_path, hf.__version__, error) from error
+
+
+def _no_model(source: Any, version: str, error: Exception) -> ModelError:
+    return ModelError(f"the config.json of {source} makes no model in transformers {version}: "
+                      f"{type(error).__name__}: {str(error)[:200]}")  # fmt: skip
 
 
 def parameter_names(model: nn.Module) -> list[tuple[str, ...]]:
@@ -114,7 +127,7 @@ def narrowest(values: Any, wanted: str) -> torch.dtype:
     return dtype if all(torch.equal(v.to(dtype).to(v.dtype), v) for v in values) else torch.float32
 
 
-# --- what is written ----------------------------------------------------------------------------------------------------
+# --- what is written --------------------------------------------------------------------------------------------------
 def quantization_config(schemes: Mapping[str, Scheme], model: nn.Module) -> dict[str, Any]:
     """The ``quantization_config`` of config.json: a group for every scheme, layers that stay in float to be ignored."""
     groups: list[tuple[Scheme, list[str]]] = []

@@ -38,8 +38,9 @@ GROUP_OF = {
     "allocation": "pipeline", "kernels": "pipeline",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
     "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
+    "cli_export": "top", "export_folder": "top", "export_ggml": "top", "export_check": "top", "dynamo": "top",
 }  # fmt: skip
-HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
+HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf", "compressed_tensors"}
 
 
 def sources() -> dict[str, Path]:
