@@ -64,7 +64,7 @@ def _exponent(q: QuantizedTensor) -> Tensor | None:
     return _by_block(q.stored_scale, q).unsqueeze(-1) if q.spec.scale == "e8m0" else None
 
 
-# --- bodies: uint8 codes [rows, blocks, 32] -> bytes [rows, blocks, bytes] ----------------------------------------------
+# --- bodies: uint8 codes [rows, blocks, 32] -> bytes [rows, blocks, bytes] --------------------------------------------
 def _whole(codes: Tensor) -> Tensor:
     return codes
 

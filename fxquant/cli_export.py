@@ -40,14 +40,14 @@ def checkpoint(
             f"{format.value} files hold the model's config and tokenizer, which {out} does not have; give the model "
             f"that was compiled with --model MODEL"
         )
-    write, read_back = {
-        Format.compressed_tensors: (export_compressed_tensors, check_compressed_tensors),
-        Format.gguf: (export_gguf, check_gguf),
-    }[format]
-    compiled = load(out)
+    compiled, found = load(out), None
     with warnings.catch_warnings(record=True) as told, progress_bars() as progress:
-        write(compiled, path, model=model, overwrite=overwrite, progress=progress)
-        found = read_back(compiled, path) if check else None
+        if format is Format.gguf:
+            export_gguf(compiled, path, model=model, overwrite=overwrite, progress=progress)
+            found = check_gguf(compiled, path) if check else None
+        else:
+            export_compressed_tensors(compiled, path, model=model, overwrite=overwrite, progress=progress)
+            found = check_compressed_tensors(compiled, path) if check else None
     for warning in told:
         note(str(warning.message))
     files = [path] if path.is_file() else [f for f in path.iterdir() if f.is_file()]
