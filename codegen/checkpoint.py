@@ -87,9 +87,13 @@ def read(program: Program) -> Checkpoint:
             weight = _weight(program, node)
             packed[weight.name] = _joined(packed.get(weight.name, weight), weight)
         else:
-            name = str(node.target.__name__).partition(".")[0]
-            raise _cannot(node, _ELSEWHERE.get(name, f"is {target_name(node.target)}"))
+            names = [_name(user) for user in node.users if _name(user) == "with_outliers"] or [_name(node)]
+            raise _cannot(node, _ELSEWHERE.get(names[0], f"is {target_name(node.target)}"))
     return Checkpoint(packed, _floats(program))
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", "")).partition(".")[0]
 
 
 def _cannot(node: fx.Node, why: str) -> ExportError:
