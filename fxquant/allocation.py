@@ -103,7 +103,8 @@ def allocate(
     methods: Sequence[str | dict[str, Any]] = (), keep: Sequence[str] | None = None, probe: Probe = "gradient",
     progress: Progress = quiet,
 ) -> Config:  # fmt: skip
-    """A config that gives every layer one of ``candidates`` within ``budget`` bits a weight; see ``plan``."""
+    """A config that gives every layer one of ``candidates`` within ``budget`` bits a weight: the ``config`` of
+    ``fxquant.allocation.plan``, which takes the same and says what it predicts."""
     return plan(
         model, example_inputs, budget=budget, candidates=candidates, calibration=calibration, methods=methods,
         keep=keep, probe=probe, progress=progress,

@@ -34,6 +34,7 @@ from fxquant.passes.normalize import NORMALIZE
 from fxquant.program import Program, Progress, Stage, quiet, run
 from fxquant.rewrite import fetch
 from fxquant.show.numerics import Comparison, LayerError, OutputError
+from fxquant.show.summary import weight_uses
 from fxquant.signature import Signature, as_call, output_names
 from fxquant.verify import verify
 
@@ -55,16 +56,15 @@ def compare(
     """
     drawn = inputs is None
     calls = _drawn(compiled.program, seed) if drawn else _calls(inputs, compiled.program.signature)
+    mine = [_bound(compiled.program.signature, call, i) for i, call in enumerate(calls)]
     progress("capture the float model", 0, 0)
     reference = _reference(model, compiled.program, calls)
     matched = counterparts(compiled.program, reference)
-    batches = [
-        tuple(_bound(p.signature, call, i) for p in (compiled.program, reference)) for i, call in enumerate(calls)
-    ]
+    batches = list(zip(mine, (_bound(reference.signature, call, i) for i, call in enumerate(calls)), strict=True))
     side = _SideBySide(compiled.program, reference, matched)
     with torch.no_grad(), cpu.activation_bits(compiled.activation_bits):
-        for i, (mine, theirs) in enumerate(batches):
-            side.run(mine, theirs, i, len(batches), progress)
+        for i, pair in enumerate(batches):
+            side.run(*pair, i, len(batches), progress)
         layers, notes = side.layers(progress)
     progress("compare", 1, 1)
     first = [theirs[0] for _, theirs in batches]
@@ -91,7 +91,11 @@ def _reference(model: nn.Module | ExportedProgram, program: Program, calls: Sequ
         raise InputError(
             "the compiled model has a KV cache and the float model has none; give fxquant.hf.with_cache(model)"
         )
-    return run(capture(model, example), [Stage(NORMALIZE)], check=verify)
+    try:
+        captured = capture(model, example)
+    except (InputError, CaptureError) as error:
+        raise type(error)(f"the float model cannot be captured; is it the one that was compiled? {error}") from error
+    return run(captured, [Stage(NORMALIZE)], check=verify)
 
 
 def _drawn(program: Program, seed: int) -> list[Call]:
@@ -281,17 +285,18 @@ class _SideBySide:
     def layers(self, progress: Progress) -> tuple[list[LayerError], list[str]]:
         """All rows, each with the histogram of its weight; and what is to be said of them."""
         found, other, gm = list[LayerError](), list[str](), self.mine.program.gm
+        uses = {use.layer: use for use in weight_uses(gm)}
         for i, row in enumerate(self.rows.values()):
             progress("weights", i, len(self.rows))
-            pair, q = row.pair, row.pair.summary
-            counts = None if pair.layer is None else weight_counts(gm, pair, changed=pair.name in self.matched.changed)
+            pair = row.pair
+            counts = weight_counts(gm, pair, uses.get(pair.node), changed=pair.name in self.matched.changed)
             if counts is not None and not counts.as_compiled:
                 other.append(pair.name)
             given = None if row.inputs is None else row.inputs.histogram
             local, accumulated = (None if pair.reason else d.errors for d in (row.local, row.accumulated))
             found.append(
                 LayerError(
-                    pair.name, pair.node.name, pair.type, None if q is None else q.spec, _activation(row), local,
+                    pair.name, pair.node.name, pair.type, _spec(pair), _activation(row), local,
                     accumulated, row.accumulated.nonfinite, pair.reason, self._includes(row),
                     None if counts is None else counts.histogram, given,
                 )
@@ -311,11 +316,17 @@ def _kept(pair: Pair) -> list[fx.Node]:
     return [pair.out, *([scale] if isinstance(scale, fx.Node) else [])]
 
 
+def _spec(pair: Pair) -> str | None:
+    if pair.type == "kv cache":
+        return str(pair.node.args[2])
+    return None if pair.summary is None else pair.summary.spec
+
+
 def _activation(row: _Row) -> str | None:
     if row.pair.summary is not None:
         return row.pair.summary.activation
     if row.pair.type == "kv cache":
-        return str(row.pair.node.args[2])
+        return None
     specs = [str(n.args[3 if n.target is ops.fake_quantize.default else 1]) for n in row.inside if rounds(n)]
     return specs[0] if specs else None
 
@@ -331,7 +342,5 @@ def _restored(node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
 def _notes(other: Sequence[str]) -> list[str]:
     if not other:
         return []
-    return [
-        f"the weights of {len(other)} layers, such as {other[0]}, are not those that were compiled: is it the right "
-        f"checkpoint?"
-    ]
+    which = f"1 layer, {other[0]}" if len(other) == 1 else f"{len(other)} layers, such as {other[0]}"
+    return [f"the weights of {which}, are not those that were compiled; is it the right checkpoint?"]

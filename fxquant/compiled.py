@@ -19,7 +19,7 @@ from fxquant.config import Config
 from fxquant.errors import ExportError, KernelError
 from fxquant.program import Program, Progress, copied, quiet
 from fxquant.rewrite import fetch, get_attrs
-from fxquant.show import html, summary, text
+from fxquant.show import explorer, html, summary, text
 
 if TYPE_CHECKING:
     from fxquant.codegen.onnx_builder import ActivationBits, Operators, OptimizeFor
@@ -144,6 +144,11 @@ class CompiledModel:
         config = self.config.to_dict()
         html.report(self.program, path, title=title, config=config, comparison=comparison, figures=figures)
 
+    def model_explorer(self, path: str | Path, comparison: Comparison | None = None) -> list[Path]:
+        """Write the graph, and that of every pass, as JSON that Google's Model Explorer opens, and overlays beside it:
+        error, bits and bytes of each layer, and what a ``comparison`` found. Returns the files, the graphs first."""
+        return explorer.write(self.program, path, comparison)
+
     def summary(self) -> summary.Summary:
         """Bytes before and after, layers with format and error, declines, passes; ``to_dict`` gives JSON."""
         return summary.summarize(self.program)
@@ -152,9 +157,10 @@ class CompiledModel:
         """What each pass changed in the graph, as unified diffs; or the diff between two named passes."""
         return text.diff(self.program, a, b)
 
-    def explain(self, layer: str) -> str:
-        """The story of one layer: its format, what every pass did to it, and why it stayed in float if it did."""
-        return text.explain(self.program, layer)
+    def explain(self, layer: str, comparison: Comparison | None = None) -> str:
+        """The story of one layer: its format and how well it is used, what every pass did to it, why it stayed in
+        float if it did, and its errors in a ``comparison``."""
+        return text.explain(self.program, layer, comparison)
 
     def compare(self, model: Any, inputs: Any = None, *, seed: int = 0, progress: Progress = quiet) -> Comparison:
         """Run this model and the float ``model`` it was compiled from side by side, and rank layers by their error.
@@ -166,6 +172,9 @@ class CompiledModel:
         from fxquant.comparison import compare
 
         return compare(self, model, inputs, seed=seed, progress=progress)
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def __repr__(self) -> str:
         return f"CompiledModel({len(self.program.gm.graph.nodes)} nodes, {len(self.program.trace)} passes)"

@@ -30,6 +30,7 @@ from fxquant.producers import Fold, plan_fold
 from fxquant.program import Program, Step
 from fxquant.rewrite import aten, fetch, identity
 from fxquant.show.summary import LayerSummary, summarize
+from fxquant.signature import output_names
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 _ATTENTION = aten.scaled_dot_product_attention.default
@@ -87,6 +88,8 @@ class _Matching:
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
     clean: set[fx.Node] = field(default_factory=set)
     """Nodes that depend on no constant that was changed, or whose layer makes up for it."""
+    weights: set[fx.Node] = field(default_factory=set)
+    """Decoded weights, and what is made of them before a layer takes them: the layer's rounding."""
 
     def __post_init__(self) -> None:
         gm = self.reference.gm
@@ -104,13 +107,19 @@ class _Matching:
         pairs = [*self._layer_pairs(layers, scaled)]
         outs = {pair.out: pair for pair in pairs}
         inputs = self._inputs()
+        taken = set(outs) | {pair.node for pair in pairs}
         for node in self.program.gm.graph.nodes:
+            if node.target is ops.dequantize_packed.default or (
+                node not in taken and any(n in self.weights for n in node.all_input_nodes)
+            ):
+                self.weights.add(node)
+                continue
             found = self._find(node, outs, inputs)
             if found is not None:
                 self.same[node] = self.canonical.get(found, found)
-            if found is not None or (node not in outs and self._is_clean(node)):
+            if found is not None or node in self.by_input or (node not in outs and self._is_clean(node)):
                 self.clean.add(node)
-        pairs += [*self._products(set(outs) | {p.node for p in pairs}), *self._stores()]
+        pairs += [*self._products(taken), *self._stores()]
         order = {node: i for i, node in enumerate(self.program.gm.graph.nodes)}
         return Counterparts(self.same, tuple(sorted(pairs, key=lambda p: order[p.out])), frozenset(changed))
 
@@ -170,7 +179,7 @@ class _Matching:
         if info(node).weight is not None:  # a layer undoes what its input went through
             return True
         inputs = [node.args[0]] if rounds(node) else node.all_input_nodes
-        return all(n in self.clean for n in inputs)
+        return all(n in self.clean or n in self.weights for n in inputs)
 
     # --- pairs --------------------------------------------------------------------------------------------------------
     def _layer_pairs(self, layers: Sequence[Layer], scaled: Mapping[fx.Node, str]) -> Iterator[Pair]:
@@ -208,12 +217,14 @@ class _Matching:
             yield Pair(unique, "attention", node, node, self.same[node])
 
     def _stores(self) -> Iterator[Pair]:
-        """What a KV cache stores: codes of the keys and values of this call's tokens."""
+        """What a KV cache stores: codes of the keys and values of this call's tokens, by the output they go to."""
+        flat: Sequence[Any] = self.program.gm.graph.output_node().args[0]  # type: ignore[assignment]
+        names = dict(zip(flat, output_names(self.program.signature.output), strict=False))
         for node in self.program.gm.graph.find_nodes(op="call_function", target=ops.quantize_kv.default):
             x = node.args[0]
-            if x in self.same:
-                user = next((u.name for u in node.users), node.name)
-                yield Pair(".".join(filter(None, (info(node).path, user))), "kv cache", node, node, self.same[x])
+            if isinstance(x, fx.Node) and x in self.same:
+                name = next((names[user] for user in node.users if user in names), node.name)
+                yield Pair(name, "kv cache", node, node, self.same[x])
 
 
 def _key(node: fx.Node, known: Mapping[fx.Node, fx.Node]) -> Any:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from fxquant import packing
 from fxquant.counterparts import Pair
 from fxquant.grids import Grid
 from fxquant.layers import Layer
@@ -20,11 +19,15 @@ from fxquant.qdq import rounding_spec
 from fxquant.qtensor import load_scale, to_matrix
 from fxquant.rewrite import fetch
 from fxquant.scales import Scales, choose, power_of_two, spread
-from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.scheme import QuantSpec
 from fxquant.show.numerics import Errors
+from fxquant.show.stored import stored_weight
+from fxquant.show.summary import Use
 
 BINS = 64
 _CHUNK = 1 << 20
+_EDGE = 2.0**-16
+"""How far above the largest value of a grid, relative to it, a quotient may be and not count as saturated."""
 _SAME = 1e-2
 """How far the error of a weight may be from the recorded one, relative to it, before it counts as another weight."""
 
@@ -96,8 +99,12 @@ class _Counts:
     above: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Count finite values; those that are not belong to no bin."""
+        """Count values; NaN belongs to no bin. The division by a scale may end a little above what it stands for."""
         flat = x.float().reshape(-1)
+        if self.unit == "scale":
+            edge = _EDGE * max(-self.lo, self.hi)
+            near = (flat >= self.lo - edge) & (flat <= self.hi + edge)
+            flat = torch.where(near, flat.clamp(self.lo, self.hi), flat)
         inside = torch.histc(flat, BINS, self.lo, self.hi).to(torch.int64).cpu()
         self.bins += inside
         self.below += int((flat < self.lo).sum())
@@ -122,33 +129,24 @@ class WeightCounts:
     as_compiled: bool
 
 
-def weight_counts(gm: fx.GraphModule, pair: Pair, *, changed: bool) -> WeightCounts | None:
-    """The float weight of a layer divided by its scales; None for a layer in float.
+def weight_counts(gm: fx.GraphModule, pair: Pair, use: Use | None, *, changed: bool) -> WeightCounts | None:
+    """The float weight of a layer divided by its scales; None for a layer in float, which has no ``use``.
 
     A weight that was ``changed`` before it was quantized is no longer there: its codes are counted instead.
     """
-    assert pair.layer is not None
-    found = _stored(pair)
-    if found is None:
+    if use is None or pair.layer is None:
         return None
-    packed, scale, zero, spec, shape, outer = found
-    values = [None if n is None else fetch(gm, str(n.target)) for n in (packed, scale, zero, outer)]
-    assert values[0] is not None
-    assert values[1] is not None
-    cols = math.prod(shape) // values[0].shape[0]
-    scales = Scales(load_scale(values[1], spec), values[2], values[3])
-    codes = packing.unpack(values[0], packing.planar(spec.format.bits), cols)
-    grid = spec.format.decode(codes)
-    counts = _Counts(*_grid_range(spec.format), "scale")
+    stored = stored_weight(gm, use)
+    counts = _Counts(*_grid_range(stored.spec.format), "scale")
     if changed:
-        counts.add(grid)
+        counts.add(stored.values)
         return WeightCounts(counts.histogram, True)
-    block = spec.block(*grid.shape)
-    effective = spread(scales.effective.float(), block, grid.shape)
-    zeros = 0.0 if scales.zero_point is None else spread(scales.zero_point.float(), block, grid.shape)
-    weight = _matrix(pair.layer, spec).float()
-    counts.add(weight / effective + zeros)
-    return WeightCounts(counts.histogram, _as_recorded(pair, weight, (grid - zeros) * effective))
+    scales, zeros = stored.spread_scales
+    weight = _matrix(pair.layer, stored.spec).float()
+    counts.add(weight / scales + zeros)
+    patched = any(user.target is ops.with_outliers.default for user in use.node.users)
+    restored = (stored.values - zeros) * scales
+    return WeightCounts(counts.histogram, patched or _as_recorded(use.quant.error, weight, restored))
 
 
 def _matrix(layer: Layer, spec: QuantSpec) -> Tensor:
@@ -156,49 +154,9 @@ def _matrix(layer: Layer, spec: QuantSpec) -> Tensor:
     return to_matrix(value.transpose(-1, -2) if layer.transposed else value, spec, layer.channel_dims)
 
 
-def _as_recorded(pair: Pair, weight: Tensor, restored: Tensor) -> bool:
-    assert pair.summary is not None
-    recorded, norm = pair.summary.error, float(weight.norm())
-    if recorded is None or not norm or _weight_node(pair) is None or _has_outliers(pair):
-        return True
-    return abs(float((restored - weight).norm()) / norm - recorded) <= _SAME * recorded + 1e-4
-
-
-_WEIGHT_OPS = (
-    ops.linear_wq.default, ops.conv2d_wq.default, ops.embedding_wq.default, ops.dequantize_packed.default,
-)  # fmt: skip
-
-
-def _weight_node(pair: Pair, depth: int = 6) -> fx.Node | None:
-    """The node that reads the packed weight: the layer itself, or what dequantizes it, through views."""
-    todo = [(pair.node, depth)]
-    while todo:
-        node, left = todo.pop(0)
-        if node.target in _WEIGHT_OPS:
-            return node
-        if left and pair.layer is not None:
-            at = pair.layer.position if node is pair.node else 0
-            if at < len(node.args) and isinstance(node.args[at], fx.Node):
-                todo.append((node.args[at], left - 1))  # type: ignore[arg-type]
-    return None
-
-
-def _has_outliers(pair: Pair) -> bool:
-    node = _weight_node(pair)
-    return node is not None and any(user.target is ops.with_outliers.default for user in node.users)
-
-
-def _stored(pair: Pair) -> tuple[Any, Any, Any, QuantSpec, tuple[int, ...], Any] | None:
-    """Nodes of the packed codes, scales and zero points, the spec, the shape, and the scale of scales."""
-    if pair.summary is None or pair.summary.spec is None or (node := _weight_node(pair)) is None:
-        return None
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    named = dict(zip(names, node.args, strict=False)) | node.kwargs
-    shape = tuple(int(n) for n in named["shape"])
-    return (
-        named["packed"], named["scale"], named.get("zero_point"), parse_spec(str(named["spec"])), shape,
-        named.get("tensor_scale"),
-    )  # fmt: skip
+def _as_recorded(error: float, weight: Tensor, restored: Tensor) -> bool:
+    norm = float(weight.norm())
+    return not norm or abs(float((restored - weight).norm()) / norm - error) <= _SAME * error + 1e-4
 
 
 @dataclass

@@ -40,7 +40,7 @@ from fxquant.passes.smooth import SMOOTH
 from fxquant.passes.store_kv_cache import STORE_KV_CACHE
 from fxquant.passes.zq_global import ZQ_GLOBAL
 from fxquant.passes.zq_local import ZQ_LOCAL
-from fxquant.program import Measure, Measured, Program, Progress, Stage, quiet, relative_error, run
+from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
 from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
@@ -53,6 +53,7 @@ def compile(
     config: ConfigLike = "W6A16-E3M2",
     *,
     calibration: Calibration | None = None,
+    passes: Sequence[Pass] = (),
     dynamic_shapes: Any = None,
     progress: Progress = quiet,
 ) -> CompiledModel:
@@ -61,7 +62,8 @@ def compile(
     ``example_inputs``: a tuple of positional or a dict of keyword inputs; their batch and sequence sizes may vary later
     where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
     path to YAML, TOML or JSON, a dict, or a Config. ``calibration``: batches of inputs (dicts, tuples or tensors), or
-    token windows ``[n, length]``, for configs with methods that need data. The model itself is not changed.
+    token windows ``[n, length]``, for configs with methods that need data. ``passes``: passes of your own, run on the
+    float graph before the config's. The model itself is not changed.
 
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
@@ -79,6 +81,7 @@ def compile(
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
     methods = _methods(settings, given)
     stages = [
+        *(Stage(own, given) for own in passes),
         *methods["float"],
         *activations,
         Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),

@@ -40,8 +40,8 @@ GROUP_OF = {
     "candidates": "pipeline", "recommend": "pipeline", "cli_recommend": "top", "kernels": "pipeline",
     "observed": "store", "comparison": "pipeline", "counterparts": "pipeline", "deviations": "pipeline",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
-    "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top", "cli_config": "top",
-    "cli_options": "top", "demo": "top",
+    "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top",
+    "cli_config": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

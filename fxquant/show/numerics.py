@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from fxquant.errors import ConfigError, near
 from fxquant.observations import Histogram
+from fxquant.show import notebook
 from fxquant.show.units import percent, plural, table
 
 Sort = Literal["local", "accumulated"]
@@ -120,19 +121,31 @@ class Comparison:
         yield f"compared on {plural(self.samples, 'sample')}{_tokens(self.tokens)}{seeded}"
         yield from (f"note: {text}" for text in self.notes)
         yield ""
-        yield from table([("output", *_HEADS, "top-1", ""), *map(_output_row, self.outputs)])
-        ranked = self.ranked(by)
-        head = ("rank", "layer", "format", "local SQNR", "cosine", "relative", "accumulated SQNR", "cosine", "relative")
-        rows = [(str(i), *_layer_row(row)) for i, row in enumerate(ranked[:limit], 1)]
-        if rows:
+        yield from table(self._output_rows())
+        rows = self._layer_rows(by, limit)
+        if len(rows) > 1:
             yield ""
-            yield f"layers by {by} SQNR, worst first ({len(rows)} of {len(ranked)})"
-            yield from table([(*head, ""), *rows])
+            yield f"layers by {by} SQNR, worst first ({len(rows) - 1} of {len(self.ranked(by))})"
+            yield from table(rows)
         left = [row for row in self.layers if row.reason]
         for reason in dict.fromkeys(row.reason for row in left):
             names = [row.name for row in left if row.reason == reason]
             yield ""
             yield f"not compared: {plural(len(names), 'layer')}, such as {names[0]}: {reason}"
+
+    def _output_rows(self) -> list[tuple[str, ...]]:
+        return [("output", *_HEADS, "top-1", ""), *map(_output_row, self.outputs)]
+
+    def _layer_rows(self, by: Sort, limit: int) -> list[tuple[str, ...]]:
+        head = ("rank", "layer", "format", "local SQNR", "cosine", "relative", "accumulated SQNR", "cosine", "relative")
+        return [(*head, ""), *((str(i), *_layer_row(row)) for i, row in enumerate(self.ranked(by)[:limit], 1))]
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the outputs, and the worst layers."""
+        told = [f"on {plural(self.samples, 'sample')}{_tokens(self.tokens)}", *self.notes]
+        worst = notebook.table(self._layer_rows("local", SHOWN))
+        title = "fxquant comparison with the float model"
+        return notebook.page(title, notebook.lines(*told), notebook.table(self._output_rows()), worst)
 
 
 _HEADS = ("SQNR", "cosine", "relative")
