@@ -53,8 +53,7 @@ class Commands(SphinxDirective):
 
 def commands_text() -> Iterator[str]:
     """The commands as Markdown, a line at a time."""
-    group: Any = get_command(app)
-    for name, command in group.commands.items():
+    for name, command in commands_of(get_command(app)):
         about, _, examples = inspect.cleandoc(command.help or "").partition("Examples:")
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
@@ -65,9 +64,19 @@ def commands_text() -> Iterator[str]:
         yield from ("| | default | |", "|---|---|---|")
         for parameter in (*arguments, *options):
             yield f"| {spelling(parameter)} | {default(parameter)} | {cell(parameter.help or '')} |"
-        if commands := [line.strip() for line in examples.splitlines() if line.strip()]:
+        shown = [line.strip() for line in examples.splitlines() if line.strip()]
+        if commands := [line for line in shown if line.startswith("fxquant")]:
             yield from ("", "```console", *(f"$ {line}" for line in commands), "```")
+        yield from ("", *(escaped(line) for line in shown if line not in commands))
         yield ""
+
+
+def commands_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its name; those of a group, such as ``config init``, after the group if it does something."""
+    for name, command in group.commands.items():
+        if getattr(command, "invoke_without_command", True):  # commands have no such attribute
+            yield f"{prefix}{name}", command
+        yield from commands_of(command, f"{prefix}{name} ") if hasattr(command, "commands") else ()
 
 
 def metavar(parameter: Any) -> str:
