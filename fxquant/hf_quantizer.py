@@ -196,6 +196,16 @@ def attach(model: nn.Module, config: FxquantConfig | Config) -> None:
     _forget_ties(model)
 
 
+def whole(model: Any) -> None:
+    """Where only parts of ``model`` were quantized, on their own, make it the model that is saved and loaded."""
+    parts = [m for m in model.modules() if isinstance(getattr(m, "hf_quantizer", None), FxquantHfQuantizer)]
+    if parts and model not in parts and getattr(model, "hf_quantizer", None) is None:
+        config = parts[0].hf_quantizer.quantization_config.config
+        for part in parts:
+            part.hf_quantizer.remove_quantization_config(part)
+        attach(model, config)
+
+
 # --- names ------------------------------------------------------------------------------------------------------------
 Stored = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
@@ -277,4 +287,4 @@ def _keep_dtypes(model: Any, dtype: torch.dtype) -> None:
                 getattr(module, HELD).dtype = kept
 
 
-__all__ = ["METHOD", "Entry", "FxquantConfig", "FxquantHfQuantizer", "attach"]
+__all__ = ["METHOD", "Entry", "FxquantConfig", "FxquantHfQuantizer", "attach", "whole"]
