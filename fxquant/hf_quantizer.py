@@ -185,8 +185,7 @@ def attach(model: nn.Module, config: FxquantConfig | Config) -> None:
     """Have transformers know that ``model`` is on packed weights, so that ``model.save_pretrained`` writes them."""
     if not isinstance(model, PreTrainedModel):
         return
-    given = config if isinstance(config, FxquantConfig) else FxquantConfig(config)
-    given.weights = table_of(model)
+    given = FxquantConfig(config.config if isinstance(config, FxquantConfig) else config, weights=table_of(model))
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, FxquantHfQuantizer):
         quantizer = FxquantHfQuantizer(given, pre_quantized=True)
@@ -235,18 +234,19 @@ _AGAIN = "save the model again, or fetch all of its files anew"
 def _named_as(model: Any, table: Table, given: Stored) -> tuple[Table, Stored]:
     """The table and the tensors by the names they have in ``model``, which may be the body of the model that was saved,
     or have it as its body. What belongs to another head is left out."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     body = f"{model.base_model_prefix}."
-    has_body = body != "." and hasattr(model, model.base_model_prefix)
-    inside = {name.startswith(body) for name in table}
+    same = any(name in own for name in table)
+    has_body = not same and any(body + name in own for name in table)
 
     def named(name: str) -> str:
-        if has_body and True not in inside:
-            return body + name
-        return name.removeprefix(body) if body != "." and not has_body else name
+        return name if same else body + name if has_body else name.removeprefix(body)
 
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     same_class = type(model).__name__ in (model.config.architectures or [])
     kept = {named(name): name for name in table if same_class or named(name) in own}
+    if not kept:
+        raise LoadError(f"{type(model).__name__} holds none of the packed weights; load the folder with the class that "
+                        f"was saved, {', '.join(map(str, model.config.architectures or ['AutoModel']))}")  # fmt: skip
     found: Table = {}
     for new, old in kept.items():
         entry = table[old]

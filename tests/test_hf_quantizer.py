@@ -186,6 +186,22 @@ def test_the_body_of_a_saved_model_and_a_head_on_a_saved_body(tmp_path: Path) ->
     assert torch.equal(run(head.model, {"input_ids": IDS}), run(body, {"input_ids": IDS}))
 
 
+def test_a_head_alone_and_a_config_that_is_used_twice(tmp_path: Path) -> None:
+    config = FxquantConfig({"rules": [{"match": "lm_head", "weight": "e3m2/channel"}]})
+    made(llama).save_pretrained(tmp_path / "float")
+    first, second = (
+        hf.LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config) for _ in range(2)
+    )
+    assert config.weights is None
+    assert first.config.quantization_config is not second.config.quantization_config
+    assert list(first.config.quantization_config.weights) == ["lm_head.weight"]
+    first.save_pretrained(tmp_path / "a")
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.equal(run(loaded, {"input_ids": IDS}), run(second, {"input_ids": IDS}))
+    with pytest.raises(LoadError, match="LlamaModel holds none of the packed weights"):
+        hf.AutoModel.from_pretrained(tmp_path / "a")
+
+
 def test_a_part_that_was_quantized_is_saved_with_the_whole(tmp_path: Path) -> None:
     model = made(bert)
     fxquant.quantize_(model.bert)
