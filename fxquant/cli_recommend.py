@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fxquant.calibrate import Calibration
-    from fxquant.hf import LoadedModel
+    from fxquant.checkpoints import LoadedModel
     from fxquant.recommend import Measured, Recommendation
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -94,6 +94,8 @@ def recommend(
     if as_json:
         print_json({"out": None if out is None else str(out), **found.to_dict()})
         return
+    if loaded.quantized:
+        note(f"{loaded.name} was quantized before ({loaded.quantized}): losses are measured against that")
     typer.echo(str(found))
     if out is not None:
         typer.echo(f"\nwrote {out}; next: fxquant compile {model} -c {out} -o OUT")
