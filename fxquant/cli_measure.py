@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fxquant.allocation import Plan
     from fxquant.calibrate import Calibration
-    from fxquant.hf import LoadedModel
+    from fxquant.checkpoints import LoadedModel
     from fxquant.intervals import Estimate
     from fxquant.program import Progress
     from fxquant.sensitivity import Sensitivity
@@ -121,7 +121,7 @@ def _on_data(model: Path, against: Path | None, data: Path, progress: Progress) 
     """The figures on tensors from a file, and the lines that tell them."""
     from fxquant import evaluate
 
-    inputs = _tensors(data)
+    inputs = read_tensors(data)
     labels = inputs.pop("labels", None)
     if labels is None and against is None:
         raise InputError(f"{data} holds {', '.join(inputs)} and no labels; add integers [samples] named labels, or "
@@ -145,7 +145,7 @@ def _on_data(model: Path, against: Path | None, data: Path, progress: Progress) 
     return found.to_dict(), lines
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -185,7 +185,7 @@ def sensitivity(
 
         fxquant sensitivity ./vit -c W4A16-INT --data images.safetensors
     """
-    from fxquant import hf
+    from fxquant import checkpoints
     from fxquant import sensitivity as measuring
     from fxquant.config import load_config
     from fxquant.show import bars
@@ -194,7 +194,7 @@ def sensitivity(
 
     settings = load_config(config)
     with progress_bars() as progress:
-        loaded = hf.load_model(model, progress=progress)
+        loaded = checkpoints.load_model(model, progress=progress)
         given = _batches(loaded, text, data, windows, length)
         found = measuring.measure(loaded.model, loaded.example_inputs, settings, data=given, progress=progress)
     if settings.methods():
@@ -246,7 +246,7 @@ def _batches(loaded: LoadedModel, text: Path | None, data: Path | None, windows:
     if data is not None:
         if text is not None:
             raise typer.BadParameter("--data and --text are two kinds of data; give one of them")
-        tensors = _tensors(data)
+        tensors = read_tensors(data)
         tensors.pop("labels", None)
         return [tensors]
     if is_decoder(loaded.model):
@@ -293,7 +293,7 @@ def allocate(
 
         fxquant allocate ./SmolLM2-135M --bits 4.25 --pass gptq -o mixed.yaml
     """
-    from fxquant import allocation, hf
+    from fxquant import allocation, checkpoints
     from fxquant.show.console import progress_bars
     from fxquant.show.html import write_page
 
@@ -302,7 +302,7 @@ def allocate(
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists already; choose another file, or give --overwrite")
     with progress_bars() as progress:
-        loaded = hf.load_model(model, progress=progress)
+        loaded = checkpoints.load_model(model, progress=progress)
         given = _batches(loaded, text, data, windows, length)
         plan = allocation.plan(
             loaded.model, loaded.example_inputs, budget=bits, candidates=candidate or allocation.CANDIDATES,
