@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxquant.checkpoints import transformers
 from fxquant.codegen.checkpoint import read
 from fxquant.compiled import CompiledModel
 from fxquant.errors import ExportError
 from fxquant.examples import example_inputs
-from fxquant.hf import transformers
 from fxquant.program import relative_error
 
 CLOSE, CLOSE_ROUNDED = 1e-4, 5e-2

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fxquant.checkpoints import transformers
 from fxquant.codegen.checkpoint import complete, read
 from fxquant.codegen.compressed_tensors import Scheme, share_outer_scales, stored
 from fxquant.compiled import CompiledModel
 from fxquant.errors import ExportError, ModelError, SaveError
-from fxquant.hf import transformers
 from fxquant.program import Progress, quiet
 
 COPIED = (

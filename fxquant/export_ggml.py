@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxquant.checkpoints import transformers
 from fxquant.codegen.checkpoint import complete, read
 from fxquant.codegen.ggml import blocks
 from fxquant.compiled import CompiledModel
 from fxquant.errors import ExportError, ModelError, SaveError
 from fxquant.export_folder import empty_model, model_config, narrowest, parameter_names, source_config
-from fxquant.hf import transformers
 from fxquant.program import Progress, quiet
 
 
