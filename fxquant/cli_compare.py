@@ -11,8 +11,8 @@ import typer
 from fxquant.cli_options import Json, load, note, print_json, read_text, tokenizer_in
 
 if TYPE_CHECKING:
+    from fxquant.checkpoints import LoadedModel
     from fxquant.compiled import CompiledModel
-    from fxquant.hf import LoadedModel
     from fxquant.program import Progress
     from fxquant.show.numerics import Comparison
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fxquant.calibrate import Calibration
-    from fxquant.hf import LoadedModel
+    from fxquant.checkpoints import LoadedModel
     from fxquant.recommend import Measured, Recommendation
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
