@@ -24,7 +24,6 @@ from fxquant.errors import ModelError
 from fxquant.graph import info
 from fxquant.program import Program, text
 from fxquant.rewrite import fetch, get_attrs
-from fxquant.show.units import size
 
 CONFIG = "fxquant.config"
 
@@ -65,9 +64,9 @@ class OnnxSummary:
     def __str__(self) -> str:
         specs = Counter(json.loads(self.metadata.get("fxquant.weights", "{}")).values())
         lines = [
-            f"{self.path}: {size(self.bytes)}, opset {self.opset}, by {self.producer}",
+            f"{self.path}: {self.bytes:,} bytes, opset {self.opset}, by {self.producer}",
             f"operators   {_counts(self.operators)}",
-            f"weights     {', '.join(f'{kind} {size(nbytes)}' for kind, nbytes in self.weights.items())}",
+            f"weights     {', '.join(f'{kind} {nbytes:,} bytes' for kind, nbytes in self.weights.items())}",
         ]
         if specs:
             lines.append(f"quantized   {_counts(dict(specs.most_common()))}")

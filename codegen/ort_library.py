@@ -25,7 +25,7 @@ from fxquant import cache as private
 from fxquant import ops
 from fxquant.codegen import cpu_build, cpu_library
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, op_type
-from fxquant.errors import CacheError, FxquantError, KernelError
+from fxquant.errors import CacheError, FxquantError, KernelError, ModelError
 from fxquant.packing import pack, planar
 from fxquant.scheme import parse_spec
 
@@ -57,10 +57,12 @@ def onnx_session(
     """An onnxruntime session of an exported file, on the CPU, with the operators' library.
 
     ``threads`` is ``intra_op_num_threads``, 0 for as many as there are cores. ``library``: True raises KernelError
-    where there is none, ``"auto"`` warns and goes without, False goes without.
+    where there is none, ``"auto"`` warns and goes without, False goes without. Raises ModelError without a file.
     """
     import onnxruntime
 
+    if not Path(path).is_file():
+        raise ModelError(f"{path} does not exist; give a file that export_onnx wrote")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if library:

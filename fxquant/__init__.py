@@ -9,6 +9,7 @@ Public names resolve on first use, so ``import fxquant`` is light: it loads neit
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"fxquant.{name}")
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("fxquant")
-    raise AttributeError(f"module 'fxquant' has no attribute {name!r}")
+    raise AttributeError(f"module 'fxquant' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
 
 
 def __dir__() -> list[str]:

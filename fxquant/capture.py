@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,10 +106,14 @@ def _check_float(program: Program) -> None:
             )
 
 
+_PATH = "; from the disk fxquant.hf.load_model(path) reads one, with .model and .example_inputs"
+
+
 def check_model(model: nn.Module) -> None:
     """Raise an error for what cannot be captured: not a module, weights without values or of integers, names."""
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"cannot capture a {type(model).__name__}; expected a torch.nn.Module or an ExportedProgram")
+        raise CaptureError(f"cannot capture a {type(model).__name__}; expected a torch.nn.Module or an ExportedProgram"
+                           f"{_PATH if isinstance(model, (str, Path)) else ''}")  # fmt: skip
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("cannot capture a torch.jit.ScriptModule; give the nn.Module that it was made from")
     for name, value in [*model.named_parameters(), *model.named_buffers()]:

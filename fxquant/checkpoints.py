@@ -234,7 +234,8 @@ def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
     except FxquantError:
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many types here
-        raise ModelError(f"{path} cannot be loaded as {cls.__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{path} cannot be loaded as {cls.__name__}: {_first_line(error)}; fetch its files again, or "
+                         f"mend config.json") from error  # fmt: skip
     if missing := sorted(loaded["missing_keys"]):
         raise ModelError(
             f"{path} lacks {len(missing)} weights of {cls.__name__}, such as {missing[0]!r}, which would be random; "

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 an error of the model, the config or the files (printed as
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,12 @@ class Commands(TyperGroup):
         except (FxquantError, OSError) as error:
             console = Console(stderr=True, soft_wrap=True)
             console.print(Text.assemble(("error: ", "bold red"), (str(error), "red")))
+            raise typer.Exit(1) from error
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] == "fxquant":
+                raise  # a fault of ours, which the traceback tells
+            told = f"this needs the Python package {error.name}, which {sys.executable} does not have"
+            typer.echo(f"error: {told}; run: pip install 'fxquant[hf]'", err=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             raise typer.Exit(130) from error

@@ -64,7 +64,7 @@ def compare(
 
         fxquant compare vit-int8 ./vit --data images.safetensors --json
     """
-    from fxquant.show.console import progress_bars
+    from fxquant.show.console import progress_bars, stdout
 
     check_file(html)
     check_file(model_explorer)
@@ -79,7 +79,9 @@ def compare(
     if as_json:
         print_json(found.to_dict())
     else:
-        typer.echo("\n".join(found.lines(sort.value, limit)))
+        console = stdout()
+        width = console.width if console.is_terminal else None
+        typer.echo("\n".join(found.lines(sort.value, limit, width=width)))
 
 
 def show_written(files: list[Path]) -> None:

@@ -238,8 +238,8 @@ def sensitivity(
         )
         for q in found.ranked()
     ]
-    columns = ("layer", "weight", _MEASURES[found.measure], "perplexity above float", "weight error", "")
-    print_table(columns, rows, right=columns[2:5])
+    columns = ("layer", "weight", _MEASURES[found.measure], "perplexity\nabove float", "weight error", "")
+    print_table(columns, rows, right=columns[2:5], spare=("", "weight error"))
     typer.echo(f"\n{_whole(found)}")
 
 
@@ -377,7 +377,7 @@ def _print_plan(plan: Plan, figures: dict[str, dict[str, Any]]) -> None:
         for row in plan.rows
     ]  # fmt: skip
     columns = ("layer", "weight", "bits", "weight error", what, "")
-    print_table(columns, rows, right=columns[2:5])
+    print_table(columns, rows, right=columns[2:5], spare=("", "weight error"))
     fits = {True: "yes", False: "no"}
     uniform = [
         (u.spec, f"{u.bits:.4f}", f"{u.loss:.4g}", fits[u.fits]) for u in sorted(plan.uniform, key=lambda u: u.bits)

@@ -235,7 +235,8 @@ def load_config(config: ConfigLike) -> Config:
         return _validated(config, "config")
     if not isinstance(config, (str, Path)):
         raise ConfigError(
-            f"config is a {type(config).__name__}; expected a recipe name, a path, a dict or an fxquant.Config"
+            f"config is a {type(config).__name__}; expected a recipe name, a path, an fxquant.Config or a dict such as "
+            f"{{'rules': [{{'match': '*', 'weight': 'e3m2/channel'}}]}}"
         )
     by_name = {name.lower(): recipe for name, recipe in RECIPES.items()}
     if str(config).lower() in by_name:
@@ -317,6 +318,8 @@ def _line(item: Any, where: str) -> str:
         known = _keys(item["loc"])
         name = str(item["loc"][-1])
         return f"{where}: unknown key {location!r}{near(name, known)}; expected {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{where}: the key {location} is missing"
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["loc"][-1:] == ("short",):
         message = f"{str(item['input'])[:60]!r} is no spec; expected a text such as e3m2/channel, or {_LONG}"

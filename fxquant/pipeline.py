@@ -20,7 +20,7 @@ from fxquant.config import Config, ConfigLike, load_config
 from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs, is_hugging_face
 from fxquant.layers import Layer, find_layers
-from fxquant.modules import write_back
+from fxquant.modules import PackedWeight, write_back
 from fxquant.observe import observe
 from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
@@ -163,7 +163,14 @@ def quantize_(
     check_modules(config)
     if example_inputs is None:
         example_inputs = default_inputs(model)
-    compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
+    try:
+        compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
+    except ConfigError as error:
+        if any(isinstance(module, PackedWeight) for module in model.modules()):
+            raise ConfigError(
+                f"{error}. Layers that are packed already are left out: start from the float model"
+            ) from error
+        raise
     write_back(model, compiled.program)
     if is_hugging_face(model):
         from fxquant.hf_quantizer import attach  # loads transformers, as the model's class did

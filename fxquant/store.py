@@ -163,12 +163,19 @@ def check_files(folder: Path) -> None:
             mode = file.stat().st_mode if file == folder else file.lstat().st_mode
         except (OSError, ValueError) as error:
             what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise LoadError(f"{file} {what}; give a folder that fxquant saved a model to") from None
+            raise LoadError(f"{file} {what}; give a folder that fxquant saved a model to{_other(folder)}") from None
         if file == folder and not stat.S_ISDIR(mode):
             raise LoadError(f"{file} is not a folder; give a folder that fxquant saved a model to")
         if file != folder and not stat.S_ISREG(mode):
             kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
             raise LoadError(f"{file} is {kind}, and links are not followed; copy the file itself into the folder")
+
+
+def _other(folder: Path) -> str:
+    """What a folder without a graph is for, if it is a model of transformers."""
+    if not (folder / "config.json").is_file():
+        return ""
+    return ": this is one of transformers, which from_pretrained reads (import fxquant.hf first if it is packed)"
 
 
 def read_json(file: Path) -> Json:

@@ -259,6 +259,12 @@ def test_rank_text_and_json() -> None:
     assert accumulated == sorted(accumulated)
     worst = found.ranked("local")[0]
     text = str(found).splitlines()
+    for width in (60, 80, 100):
+        rows = list(found.lines("local", 3, width=width))
+        head = next(i for i, line in enumerate(rows) if line.startswith("rank"))
+        assert max(map(len, rows[head : head + 4])) <= width
+        assert "local SQNR" in rows[head]
+        assert "accumulated SQNR" in rows[head]
     assert worst.name in next(line for line in text if line.lstrip().startswith("1 "))
     assert any(line.startswith("not compared: 2 layers") for line in text)
     figures = json.loads(json.dumps(found.to_dict(), allow_nan=False))

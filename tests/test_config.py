@@ -62,7 +62,7 @@ def test_the_recipes_of_zeroquant() -> None:
     ("config", "message"),
     [
         ("W6A16-E3M", "unknown recipe 'W6A16-E3M' .did you mean 'W6A16-E3M2'"),
-        ("nowhere.yaml", "cannot read config 'nowhere.yaml'"),
+        ("nowhere.yaml", "config 'nowhere.yaml' does not exist"),
         (7, "config is a int; expected"),
         ({"rules": []}, "rules"),
         ({}, "rules"),

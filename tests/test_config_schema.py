@@ -226,7 +226,7 @@ def test_a_json_file_may_name_its_schema(tmp_path: Path) -> None:
         ('rules:\n  - {match: "*", keep: true}\npasses:\n  - gtpq\n', ":4:5: passes.0: unknown pass 'gtpq'"),
         ('rules:\n  - match: a\n  - match: "*"\n    weight: e3m2\n', ":2:5: rules.0: rule 'a' needs"),
         ('rules:\n  - match: a\n    keep: true\n    match: b\n', ":4:5: key 'match' is there twice, first in line 2"),
-        ("passes: [gptq]\n", ":1:1: rules: Field required"),
+        ("passes: [gptq]\n", ":1:1: the key rules is missing"),
     ],
 )  # fmt: skip
 def test_mistakes_have_a_line_and_a_column(tmp_path: Path, text: str, says: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import Tied, mlp
+from torch import nn
 from typer.testing import CliRunner
 
 import fxquant
@@ -78,8 +79,27 @@ def test_another_architecture_is_said() -> None:
     told = str(found)
     assert "the models are not of one architecture" in told
     assert "2 layers only in x, such as 0" in told
-    assert "other inputs" in told
+    assert "1 input only in x: " in told
+    assert "1 input only in y: " in told
     assert "no layer is in both" in told
+
+
+def test_many_inputs_are_counted() -> None:
+    class Sum(nn.Module):
+        def __init__(self, inputs: int) -> None:
+            super().__init__()
+            self.linear, self.inputs = nn.Linear(8, 8), inputs
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            return self.linear(sum(inputs.values()))  # type: ignore[no-any-return]
+
+    one, many = (
+        fxquant.compile(Sum(n), {f"past_{i}": torch.randn(2, 8) for i in range(n)}, "W6A16-E3M2") for n in (1, 7)
+    )
+    told = str(compare_models(one, many, ("x", "y")))
+    assert "6 inputs only in y: past_1 " in told
+    assert "past_4 float32[batch, 8] and 2 more" in told
+    assert "past_5" not in told
 
 
 def test_command(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -28,26 +29,45 @@ def stdout() -> Console:
     return console if console.is_terminal else Console(width=PIPED_WIDTH)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """A table on stdout; the columns in ``right`` hold figures. Names are folded and never read as markup."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), spare: Sequence[str] = ()
+) -> None:
+    """A table on stdout; the columns in ``right`` hold figures. Names are folded and never read as markup.
+
+    ``spare`` are columns that a narrow terminal goes without, the first of them first.
+    """
+    console = stdout()
+    widths = {
+        name: max(map(cell_len, (*name.split("\n"), *(row[i] for row in rows)))) for i, name in enumerate(columns)
+    }
+    for name in spare:
+        if sum(widths.values()) + _BETWEEN * (len(widths) - 1) > console.width:
+            del widths[name]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for name in widths:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    stdout().print(table)
+        table.add_row(*(Text(cell) for name, cell in zip(columns, row, strict=True) if name in widths))
+    console.print(table)
+
+
+_BETWEEN = 3
+"""Spaces between two columns of a table."""
 
 
 def print_layers(summary: Summary) -> None:
-    """One row a layer: what its weight became, or why it stayed in float."""
-    rows = []
+    """One row a layer: what its weight became, with a number where it stayed in float; below, why."""
+    rows, reasons = [], dict[str, int]()
     for q in summary.layers:
         error = "" if q.error is None else percent(q.error)
-        note = q.reason or (f"tied to {q.tied_to}" if q.tied_to else "")
+        reason = q.reason or (f"tied to {q.tied_to}" if q.tied_to else "")
+        mark = f" ({reasons.setdefault(reason, len(reasons) + 1)})" if reason else ""
         shape = "x".join(map(str, q.shape))
-        rows.append((q.name, q.type, q.format, shape, size(q.bytes_before), size(q.bytes_after), error, note))
-    columns = ("layer", "type", "weight", "shape", "before", "after", "error", "note")
-    print_table(columns, rows, right=("shape", "before", "after", "error"))
+        rows.append((q.name, q.type, q.format + mark, shape, size(q.bytes_before), size(q.bytes_after), error))
+    columns = ("layer", "type", "weight", "shape", "before", "after", "error")
+    print_table(columns, rows, right=columns[3:], spare=("shape", "type", "before"))
+    if reasons:
+        stdout().print(Text("\n" + "\n".join(f"({number}) {reason}" for reason, number in reasons.items())))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ with y the output of a layer in the float model and y' the compiled model's. ``f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -115,8 +115,8 @@ class Comparison:
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
-    def lines(self, by: Sort = "local", limit: int = SHOWN) -> Iterator[str]:
-        """The text: how much data, the outputs, then ``limit`` layers, worst first."""
+    def lines(self, by: Sort = "local", limit: int = SHOWN, *, width: int | None = None) -> Iterator[str]:
+        """The text: how much data, the outputs, then ``limit`` layers, worst first; columns go that ``width`` lacks."""
         seeded = "" if self.seed is None else f", drawn with seed {self.seed}"
         yield f"compared on {plural(self.samples, 'sample')}{_tokens(self.tokens)}{seeded}"
         yield from (f"note: {text}" for text in self.notes)
@@ -126,7 +126,7 @@ class Comparison:
         if len(rows) > 1:
             yield ""
             yield f"layers by {by} SQNR, worst first ({len(rows) - 1} of {len(self.ranked(by))})"
-            yield from table(rows)
+            yield from _fitted(rows, width)
         left = [row for row in self.layers if row.reason]
         for reason in dict.fromkeys(row.reason for row in left):
             names = [row.name for row in left if row.reason == reason]
@@ -146,6 +146,15 @@ class Comparison:
         worst = notebook.table(self._layer_rows("local", SHOWN))
         title = "fxquant comparison with the float model"
         return notebook.page(title, notebook.lines(*told), notebook.table(self._output_rows()), worst)
+
+
+def _fitted(rows: Sequence[tuple[str, ...]], width: int | None) -> list[str]:
+    """The table of the layers without as many columns as it takes to fit: cosines, relative errors, formats."""
+    for left in ((), (4, 7), (4, 5, 7, 8), (2, 4, 5, 7, 8)):
+        found = list(table([tuple(cell for i, cell in enumerate(row) if i not in left) for row in rows]))
+        if width is None or max(map(len, found)) <= width:
+            break
+    return found
 
 
 _HEADS = ("SQNR", "cosine", "relative")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
+import fxquant
 from fxquant.program import quiet
-from fxquant.show.console import _Bars, print_table, progress_bars
+from fxquant.show import console
+from fxquant.show.console import _Bars, print_layers, print_table, progress_bars
 
 
 def names(bars: _Bars) -> list[str]:
@@ -51,3 +56,27 @@ def test_no_bars_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 def test_names_in_tables_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("layer",), [("experts.[red]0[/red]",)])
     assert "experts.[red]0[/red]" in capsys.readouterr().out
+
+
+def test_a_narrow_terminal_goes_without_spare_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("model.layers.0.self_attn.q_proj", "0.0123", "#" * 40)]
+    for width, shown in ((60, False), (100, True)):
+        monkeypatch.setattr(console, "stdout", lambda width=width: Console(width=width))
+        print_table(("layer", "loss", "bar"), rows, right=("loss",), spare=("bar",))
+        lines = capsys.readouterr().out.splitlines()
+        assert any(rows[0][0] in line and "0.0123" in line for line in lines)
+        assert any("#" in line for line in lines) == shown
+        assert max(map(len, lines)) <= width
+
+
+def test_layers_in_float_say_why_once(capsys: pytest.CaptureFixture[str]) -> None:
+    rules = [{"match": "1", "keep": True}, {"match": "0", "keep": True}, {"match": "*", "weight": "e3m2"}]
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 8))
+    compiled = fxquant.compile(model, (torch.randn(2, 16),), {"rules": rules})
+    print_layers(compiled.summary())
+    told = capsys.readouterr().out
+    assert told.count("float (1)") + told.count("float (2)") == 2
+    reasons = {layer.reason for layer in compiled.summary().layers if layer.reason}
+    assert all(told.count(reason) == 1 for reason in reasons)
