@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ UNSURE = 1e-2
 """How far where nothing is rounded, however little torch's own last bits mean."""
 SIZES = ((2, 16), (1, 1), (3, 37), (1, 64), (4, 8), (2, 2), (8, 128))
 """Sizes that are tried for the first dynamic dimension and for the others; three that fit are run."""
-_RUNS, _FEW = 3, 4
+_RUNS, _FEW, _LONGEST = 3, 4, 4096
 
 _LINEARS = (ops.linear_wq.default, aten.linear.default)
 Call = tuple[Sequence[Any], Mapping[str, Any]]
@@ -241,7 +241,7 @@ def made_up(program: Program) -> Iterator[Call]:
     dims = [d for item in signature.inputs for d in item.type.shape if isinstance(d, str) and d.isidentifier()]
     names, placeholders = list(dict.fromkeys(dims)), program.gm.graph.find_nodes(op="placeholder")
     runs, seen = 0, set[tuple[int, ...]]()
-    for pair in SIZES:
+    for pair in chain(SIZES, ((2, size) for size in range(1, _LONGEST) if not runs)):
         sizes = {name: pair[min(i, 1)] for i, name in enumerate(names)}
         if pair == (1, 1):  # the first call of a decoder: no past yet
             sizes |= {item.empty: 0 for item in signature.inputs if item.empty}

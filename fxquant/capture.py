@@ -309,7 +309,7 @@ def _capture_error(model: nn.Module, exported: Exception, traced: Exception | No
     if traced is None and not _CONTROL_FLOW.search(_said(exported, 2000)):
         return CaptureError(f"{told}\nWhat to do: give dynamic_shapes that fit the model's forward, or leave them out")
     advice = ""
-    if hasattr(model, "set_experts_implementation"):
+    if hasattr(model, "set_experts_implementation") and any("Experts" in type(m).__name__ for m in model.modules()):
         advice = "call model.set_experts_implementation('batched_mm') first, which has no loop over the experts; or "
     if _CONTROL_FLOW.search(_said(exported, 2000)):
         advice += (

@@ -168,13 +168,24 @@ def write_back(model: nn.Module, program: Program) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     nodes, factors = _packed_nodes(program), _factors(program)
-    if missing := [name for name in nodes if name not in parameters]:
+    computed = [name for name in nodes if name not in parameters and _is_computed(model, name)]
+    if missing := [name for name in nodes if name not in parameters and name not in computed]:
         raise CaptureError(f"the compiled weights {missing[:3]} are not parameters of {type(model).__name__}")
+    for name in computed:  # by weight_norm, say: its value becomes the parameter
+        path, _, leaf = name.rpartition(".")
+        parametrize.remove_parametrizations(model.get_submodule(path), leaf)
+        parameters[name] = model.get_parameter(name)
     for name, node in nodes.items():
         original = parameters[name]
         weight = _packed_weight(program, node, original.dtype, factors.get(name))
         for other in [n for n, p in parameters.items() if p is original]:  # a tie has several names
             _replace(model, other, weight, original)
+
+
+def _is_computed(model: nn.Module, name: str) -> bool:
+    """Whether a module has this weight only as the value of a parametrization."""
+    path, _, leaf = name.rpartition(".")
+    return any(p == path and parametrize.is_parametrized(m, leaf) for p, m in model.named_modules())
 
 
 def _packed_nodes(program: Program) -> dict[str, fx.Node]:

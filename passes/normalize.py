@@ -1,7 +1,7 @@
 """normalize: one spelling for each thing, so that every later pattern matches once.
 
 Arguments become positional with defaults filled in, operators without effect disappear, products with a constant
-matrix become ``linear``. No value changes in any bit.
+matrix become ``linear``, and a weight that is normed anew at every call is computed once. No value changes in any bit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import fx
 from fxquant.graph import NodeInfo, TensorType, info, set_info
 from fxquant.layers import find_layers, other_uses, swaps_matrix
 from fxquant.program import Pass, Program
-from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch, get_attrs
+from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch, free_name, get_attrs
 
 _END = 2**63 - 1
 
@@ -100,6 +100,20 @@ def product_from_einsum(match: Match) -> fx.Node | Decline:
     return match.call(aten.linear.default, x, w if swapped else _transposed(match, w), None)
 
 
+def fold_weight_norm(match: Match) -> fx.Node | Decline:
+    """The weight ``g v / ||v||`` of a module under ``weight_norm`` as a constant of its own: a layer can be made of it."""
+    v, g = match["v"], match["g"]
+    name = free_name(match.gm, f"{_owner(str(v.target))}weight")
+    value = match.node.target(_value(match, v), _value(match, g), *match.node.args[2:])
+    return match.constant(name, value)
+
+
+def _owner(name: str) -> str:
+    """The path of the module that has a parametrization, with a dot: ``conv.`` for ``conv.parametrizations.weight.*``."""
+    owner = name.partition("parametrizations.")[0] if "parametrizations." in name else name.rpartition(".")[0]
+    return owner + "." if owner and not owner.endswith(".") else owner
+
+
 def _transposed(match: Match, weight: fx.Node) -> fx.Node:
     """``weight`` with its last two dimensions swapped, as a view: F.linear swaps them back; the same product runs."""
     value = _value(match, weight)
@@ -128,6 +142,10 @@ def _constant_operand(match: Match) -> bool:
     return len(operands) == 2 and any(_is_constant(match, operands[1], rank) for rank in (2, 3))
 
 
+def _constant_parts(match: Match) -> bool:
+    return all(isinstance(part, fx.Node) and part.op == "get_attr" for part in (match["v"], match["g"]))
+
+
 def _has_bias(match: Match) -> bool:
     return "b" not in match.captured or _is_constant(match, match["b"], 1)
 
@@ -154,6 +172,8 @@ RULES = (
          linear_from_swapped_product, where=_swapped_matrix),  # x W^T -> linear(x, W)
     Rule(Call(aten.einsum.default, Var("equation"), Var("operands")),
          product_from_einsum, where=_constant_operand),  # einsum("bi,oi->bo", x, W) -> linear(x, W)
+    Rule(Call(aten._weight_norm.default, Var("v"), Var("g")),
+         fold_weight_norm, where=_constant_parts),  # _weight_norm(v, g) -> its value
 )  # fmt: skip
 
 NORMALIZE = Pass(

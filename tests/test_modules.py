@@ -98,6 +98,16 @@ def test_the_fast_path_of_torch_runs_on_packed_weights(make: Callable[[], nn.Mod
     assert [q.name for q in compiled.summary().layers if q.spec is None] == []
 
 
+def test_a_weight_under_weight_norm_is_replaced_by_its_value() -> None:
+    norm = nn.utils.parametrizations.weight_norm
+    model, x = nn.Sequential(norm(nn.Conv1d(8, 6, 3, groups=2)), norm(nn.Linear(8, 4))), torch.randn(2, 8, 10)
+    compiled = fxquant.quantize_(model, EVERYTHING, (x,))
+    assert [layer.name for layer in compiled.summary().quantized] == ["0", "1"]
+    with torch.no_grad():
+        assert close(model(x), compiled(x))
+    assert not any("original0" in name for name in model.state_dict())
+
+
 class Everything(nn.Module):
     """One module of each kind that is replaced."""
 
