@@ -7,6 +7,7 @@ matrix become ``linear``, and a weight that is normed anew at every call is comp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,6 +60,18 @@ def drop_noop(match: Match) -> fx.Node | Decline:
     return match["x"]  # type: ignore[no-any-return]
 
 
+def drop_copy(match: Match) -> fx.Node | Decline:
+    """What ``into[:, 1:] = x`` leaves of itself in functional form: x in the dtype and the size of ``into``."""
+    into, x = match["into"], match["x"]
+    mine, wanted = info(x).type, info(match.node).type
+    if not isinstance(mine, TensorType) or not isinstance(wanted, TensorType):
+        return Decline("the types of a copy are not known")
+    if mine.dtype != wanted.dtype:
+        x = match.call(aten.to.dtype, x, wanted.dtype, False, False, None)
+        set_info(x, replace(info(match.node), type=TensorType(wanted.dtype, mine.shape)))
+    return x if mine.shape == wanted.shape else match.call(aten.expand_as.default, x, into)
+
+
 def _same_type(match: Match) -> bool:
     x = match["x"]
     return isinstance(x, fx.Node) and info(x).type is not None and info(x).type == info(match.node).type
@@ -101,7 +114,7 @@ def product_from_einsum(match: Match) -> fx.Node | Decline:
 
 
 def fold_weight_norm(match: Match) -> fx.Node | Decline:
-    """The weight ``g v / ||v||`` of a module under ``weight_norm`` as a constant of its own: a layer can be made of it."""
+    """The weight ``g v / ||v||`` of a module under ``weight_norm`` as a constant of its own, which makes it a layer."""
     v, g = match["v"], match["g"]
     name = free_name(match.gm, f"{_owner(str(v.target))}weight")
     value = match.node.target(_value(match, v), _value(match, g), *match.node.args[2:])
@@ -109,7 +122,7 @@ def fold_weight_norm(match: Match) -> fx.Node | Decline:
 
 
 def _owner(name: str) -> str:
-    """The path of the module that has a parametrization, with a dot: ``conv.`` for ``conv.parametrizations.weight.*``."""
+    """Where the parts of a weight come from: ``conv.`` for ``conv.parametrizations.weight.original0``."""
     owner = name.partition("parametrizations.")[0] if "parametrizations." in name else name.rpartition(".")[0]
     return owner + "." if owner and not owner.endswith(".") else owner
 
@@ -161,6 +174,7 @@ RULES = (
          drop_noop, where=_same_type),  # to(x: float32, float32) -> x
     Rule(Call((aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _x),
          drop_noop, where=_is_eval),  # dropout(x, p, train=False) -> x
+    Rule(Call(aten.copy.default, Var("into"), _x), drop_copy),  # copy(into, x) -> x as large as into
     Rule(Call(aten.slice.Tensor, _x, Var("dim"), 0, _END, 1), drop_noop, where=_is_whole),  # x[:] -> x
     Rule(Call(aten.addmm.default, _b, _x, _w),
          linear_from_product, where=_constant_matrix),  # b + x W -> linear(x, W^T, b)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import multiprocessing
 import platform
 import re
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -47,6 +46,8 @@ BY_TURNS = (
 """Recipes of weights alone: the second one of each row."""
 TORCH_BOUND = 1e-5
 """How far a row of an output may be from the module with dequantized weights, relative to its norm."""
+VISIBLE = 1e-3
+"""How much quantization changes an output at least: outputs that do not depend on the weights would show nothing."""
 SECONDS = 300
 
 
@@ -54,8 +55,9 @@ SECONDS = 300
 class Measured:
     """What was found for one row and one recipe. Errors are the largest of a row of any output at any size.
 
-    ``torch_error``: to the module with dequantized weights; ``onnx_error``: of onnxruntime to torch, ``onnx_ok`` if all
-    of them are within the bounds of ``check_onnx``. ``stage`` is the last one reached, ``reason`` the error there.
+    ``change``: of the example's outputs by quantization; ``torch_error``: to the module with dequantized weights;
+    ``onnx_error``: of onnxruntime to torch, ``onnx_ok`` if all of them are within the bounds of ``check_onnx``.
+    ``stage`` is the last one reached, ``reason`` the error there.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Measured:
     layers: int = 0
     sizes: str = ""
     runs: int = 0
+    change: float = 0.0
     torch_error: float = float("inf")
     loaded_equal: bool = False
     onnx_error: float = float("inf")
@@ -73,7 +76,8 @@ class Measured:
 
     @property
     def ok(self) -> bool:
-        return self.stage == "done" and self.torch_error <= TORCH_BOUND and self.loaded_equal and self.onnx_ok
+        matches = self.torch_error <= TORCH_BOUND and self.loaded_equal and self.onnx_ok
+        return self.stage == "done" and self.change > VISIBLE and matches
 
 
 def second_recipe(architecture: Architecture) -> str:
@@ -82,6 +86,7 @@ def second_recipe(architecture: Architecture) -> str:
 
 def measure(architecture: Architecture, recipe: str, folder: Path) -> Measured:
     """Compile, compare, save, load, export and run one row. An error of fxquant's own becomes the reason."""
+    folder.mkdir()
     model = build(architecture)
     inputs = architecture.inputs() if architecture.inputs is not None else example_inputs(model)
     found = Measured(architecture.name, recipe)
@@ -91,6 +96,7 @@ def measure(architecture: Architecture, recipe: str, folder: Path) -> Measured:
         found = replace(found, stage="save", quantized=len(summary.quantized), layers=len(summary.layers))
         found = replace(found, sizes=sizes(compiled), runs=len(calls))
         reference = quantized(model, compiled)
+        found = replace(found, change=error(compiled, model, inputs))
         found = replace(found, torch_error=max(error(compiled, reference, call) for call in calls))
         compiled.save(folder / "saved")
         loaded = fxquant.load(folder / "saved")
@@ -148,7 +154,120 @@ def same(compiled: fxquant.CompiledModel, loaded: fxquant.CompiledModel, inputs:
 def sizes(compiled: fxquant.CompiledModel) -> str:
     """``batch, sequence <= 64``: the dimensions that may vary, with a limit that is one number; ``fixed`` if none."""
     signature = compiled.program.signature
-    free = dict.fromkeys(d for item in signature.inputs for d in item.type.shape if isinstance(d, str) and d.isidentifier())
+    free = dict.fromkeys(
+        d for item in signature.inputs for d in item.type.shape if isinstance(d, str) and d.isidentifier()
+    )
     plain = [limit for limit in signature.limits if re.fullmatch(r"\w+ [<>]=? \d+", limit)]
     found = [next((limit for limit in plain if limit.split()[0] == d), d) for d in free]
     return ", ".join(found) + " (and conditions)" * (len(plain) < len(signature.limits)) or "fixed"
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+HEAD = """# Architectures
+
+What of transformers' architectures compiles, measured by `python tests/architectures.py --write` on {date}: fxquant
+{fxquant}, transformers {transformers}, torch {torch}, onnx {onnx}, onnxruntime {onnxruntime}, Python {python}. A row is
+a tiny model (a few layers, random weights) and its example inputs; `make test-all` asserts the same of every row.
+
+**{good} of {all}** compile, save, load, export to ONNX and match{rest}.
+
+- *layers*: quantized with {first}, of all linears, convolutions, embeddings and experts; the others are embeddings,
+  and weights tied to them, which stay in float unless a rule names them.
+- *sizes*: dimensions that stay free in the compiled model and in the ONNX file. Everything was run on the example and
+  on up to three further sets of sizes.
+- *second recipe*: everything was done with it as well; errors are the larger of the two.
+- *to torch*: the largest relative error of a row of any output (`||y - y'|| / ||y'||` over the last dimension) to the
+  model's own forward in which each weight is `dequantize(quantize(W))`; at most {bound:.0e}. What was saved and loaded
+  gives the same bits.
+- *ONNX*: the same of onnxruntime to torch; at most what [`check_onnx`](onnx.md#check) allows.
+
+"""
+COLUMNS = ("architecture", "class", "layers", "sizes", "second recipe", "to torch", "ONNX")
+
+
+def page(rows: Sequence[tuple[Architecture, Sequence[Measured]]]) -> str:
+    """The text of docs/architectures.md."""
+    good = sum(all(m.ok for m in found) for _, found in rows)
+    refused = [(a, found) for a, found in rows if not all(m.ok for m in found)]
+    packages = {name: version(name) for name in ("fxquant", "transformers", "torch", "onnx", "onnxruntime")}
+    text = HEAD.format(
+        **packages, date=datetime.now(UTC).date(), python=platform.python_version(), good=good, all=len(rows),
+        rest=f"; the reasons of the other {len(refused)} are [below](#reasons)" if refused else "", first=FIRST,
+        bound=TORCH_BOUND,
+    )  # fmt: skip
+    for family in dict.fromkeys(a.family for a, _ in rows):
+        cells = [_cells(a, found) for a, found in rows if a.family == family]
+        text += f"## {family.capitalize()}\n\n" + "\n".join(
+            "| " + " | ".join(line) + " |" for line in (COLUMNS, ["---"] * len(COLUMNS), *cells)
+        )
+        text += "\n\n"
+    if refused:
+        text += "## Reasons\n\n" + "\n".join(
+            f"**{a.name}** (`{a.model}`):\n\n{_reasons(found)}" for a, found in refused
+        )
+    return text.rstrip() + "\n"
+
+
+def _cells(architecture: Architecture, found: Sequence[Measured]) -> list[str]:
+    first, second = found
+    layers = f"{first.quantized} of {first.layers}" if first.layers else "does not compile"
+    onnx = _worst(m.onnx_error for m in found) if all(m.onnx_ok for m in found) else "no"
+    torch_ = _worst(m.torch_error for m in found) if first.layers else ""
+    name = architecture.name + (" [^](#reasons)" if not all(m.ok for m in found) else "")
+    return [name, f"`{architecture.model}`", layers, first.sizes, second.recipe, torch_, onnx]
+
+
+def _worst(errors: Iterable[float]) -> str:
+    worst = max(errors)
+    return f"{worst:.1e}" if worst else "0"
+
+
+def _reasons(found: Sequence[Measured]) -> str:
+    """The errors as they are printed, each once; paths of this machine without their folders."""
+    texts = dict.fromkeys(m.reason or f"{m.recipe}: too far off" for m in found)
+    short = [re.sub(r"/\S*/site-packages/", "", text) for text in texts]
+    return "\n".join(f"```\n{text}\n```\n" for text in short)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+def both(architecture: Architecture) -> list[Measured]:
+    """Both recipes of one row."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipes = (FIRST, second_recipe(architecture))
+        return [measure(architecture, recipe, Path(folder) / recipe) for recipe in recipes]
+
+
+def alone(architecture: Architecture) -> list[Measured]:
+    """The same in a process of its own, forked from this one; another end than a result becomes the reason."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        try:
+            return pool.apply_async(both, (architecture,)).get(SECONDS)
+        except multiprocessing.TimeoutError:
+            reason = f"takes more than {SECONDS} s"
+        except Exception as other:  # of torch, onnx or transformers: what it is, is what is asked
+            reason = f"{type(other).__name__}: {other}"
+    return [Measured(architecture.name, recipe, reason=reason) for recipe in (FIRST, second_recipe(architecture))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="architectures; all of them if none is named")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    given = parser.parse_args()
+    if unknown := set(given.names) - {a.name for a in ROWS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(a.name for a in ROWS)}")
+    if given.write and given.names:
+        parser.error("--write measures all rows; leave the names out")
+    torch.set_num_threads(1)  # so that processes can be forked
+    cpu.available = lambda: None  # the reference operators, as in tests
+    cpu.at_hand = lambda values: None
+    rows = []
+    for a in [a for a in ROWS if a.name in given.names or not given.names]:
+        rows.append((a, alone(a)))
+        print(a.name, *("ok" if m.ok else f"{m.recipe}: {m.stage}: {m.reason or m}" for m in rows[-1][1]), flush=True)
+    if given.write:
+        PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -174,3 +174,20 @@ def test_a_norm_of_what_is_given_stays() -> None:
     model = Weighted(lambda x, w, b: torch._weight_norm(x, w, 0), 3, 1)
     program = run(capture(model, (torch.randn(3, 20),)), [Stage(NORMALIZE)], check=verify)
     assert aten._weight_norm.default in {n.target for n in program.gm.graph.nodes}
+
+
+def test_a_copy_into_a_slice_leaves_what_is_copied() -> None:
+    def joined(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The queries of DeepSeek: two parts written into a new tensor, one of them spread over the heads."""
+        out = x.new_empty(x.shape[0], 4, 24)
+        out[..., :20] = x[:, None, :]
+        out[..., 20:] = x[:, None, :4].to(torch.float64)
+        return out
+
+    model = Weighted(joined, 3, 1)
+    program = run(capture(model, (torch.randn(3, 20),)), [Stage(NORMALIZE)], check=verify)
+    assert aten.copy.default not in {n.target for n in program.gm.graph.nodes}
+    for batch in (1, 5):
+        x = torch.randn(batch, 20)
+        with torch.no_grad():
+            assert torch.equal(program(x), model(x))
