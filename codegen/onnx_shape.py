@@ -299,7 +299,7 @@ def _scattered(b: Builder, x: ir.Value, dim: int, picked: ir.Value, source: ir.V
 
 
 def index_add(b: Builder, x: ir.Value, dim: int, index: ir.Value, source: ir.Value, *, alpha: float = 1) -> ir.Value:
-    added = source if alpha == 1 else b.op("Mul", source, b.const(alpha, source.dtype), dtype=source.dtype)
+    added = source if alpha == 1 else b.op("Mul", source, b.const(alpha, b.dtype))
     return _scattered(b, x, dim, b.cast(index, T.INT64), added, reduction="add")
 
 

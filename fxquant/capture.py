@@ -303,14 +303,17 @@ def _capture_error(model: nn.Module, exported: Exception, traced: Exception | No
     """What torch says, where, and what to do; an error of ours is passed on."""
     if isinstance(exported, CaptureError):
         return exported
-    told = f"cannot capture {type(model).__name__}{where(model, exported)}: {_said(exported, 400)}"
+    place = where(model, exported)
+    told = f"cannot capture {type(model).__name__}{place}: {_said(exported, 400)}"
     if traced is not None:
         told += f"\ntorch.fx.symbolic_trace could not either: {_said(traced, 200)}"
     if traced is None and not _CONTROL_FLOW.search(_said(exported, 2000)):
         return CaptureError(f"{told}\nWhat to do: give dynamic_shapes that fit the model's forward, or leave them out")
     advice = ""
-    if hasattr(model, "set_experts_implementation") and any("Experts" in type(m).__name__ for m in model.modules()):
+    if hasattr(model, "set_experts_implementation") and "Experts)" in place:
         advice = "call model.set_experts_implementation('batched_mm') first, which has no loop over the experts; or "
+    if "_apply()" in str(exported):
+        advice += "leave out the module.to(...) at that line, which is made while forward runs; or "
     if _CONTROL_FLOW.search(_said(exported, 2000)):
         advice += (
             "replace data-dependent Python control flow at that line by tensor operators (torch.where, masks), move it "

@@ -157,7 +157,7 @@ class DecodedParameter(nn.Module):
         super().__init__()
         self.weight_packed = weight
 
-    def forward(self, original: Tensor) -> Tensor:
+    def forward(self, *originals: Tensor) -> Tensor:
         return self.weight_packed.decode()
 
 
@@ -168,24 +168,18 @@ def write_back(model: nn.Module, program: Program) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     nodes, factors = _packed_nodes(program), _factors(program)
-    computed = [name for name in nodes if name not in parameters and _is_computed(model, name)]
+    computed = {n: parts for n in nodes if n not in parameters and (parts := _parametrization(model, n)) is not None}
     if missing := [name for name in nodes if name not in parameters and name not in computed]:
         raise CaptureError(f"the compiled weights {missing[:3]} are not parameters of {type(model).__name__}")
-    for name in computed:  # by weight_norm, say: its value becomes the parameter
-        path, _, leaf = name.rpartition(".")
-        parametrize.remove_parametrizations(model.get_submodule(path), leaf)
-        parameters[name] = model.get_parameter(name)
     for name, node in nodes.items():
+        if name in computed:
+            dtype = next(computed[name].parameters()).dtype
+            _replace_computed(computed[name], _packed_weight(program, node, dtype, factors.get(name)))
+            continue
         original = parameters[name]
         weight = _packed_weight(program, node, original.dtype, factors.get(name))
         for other in [n for n, p in parameters.items() if p is original]:  # a tie has several names
             _replace(model, other, weight, original)
-
-
-def _is_computed(model: nn.Module, name: str) -> bool:
-    """Whether a module has this weight only as the value of a parametrization."""
-    path, _, leaf = name.rpartition(".")
-    return any(p == path and parametrize.is_parametrized(m, leaf) for p, m in model.named_modules())
 
 
 def _packed_nodes(program: Program) -> dict[str, fx.Node]:
@@ -244,6 +238,21 @@ def _replace(model: nn.Module, name: str, weight: PackedWeight, original: Tensor
         return
     parametrize.register_parametrization(module, leaf, DecodedParameter(weight), unsafe=True)
     module.parametrizations[leaf].original.data = original.new_empty(0)  # type: ignore[index,union-attr]
+
+
+def _parametrization(model: nn.Module, name: str) -> parametrize.ParametrizationList | None:
+    """What computes a weight that a module has no parameter of: weight_norm, say."""
+    path, _, leaf = name.rpartition(".")
+    module = dict(model.named_modules()).get(path)
+    return module.parametrizations[leaf] if parametrize.is_parametrized(module, leaf) else None  # type: ignore
+
+
+def _replace_computed(parts: parametrize.ParametrizationList, weight: PackedWeight) -> None:
+    """Have ``parts`` decode its weight; what it was computed from goes. The class of the module stays, for copies."""
+    for original in parts.parameters():
+        original.data = original.new_empty(0)
+    del parts[1:]
+    parts[0] = DecodedParameter(weight)
 
 
 def _quantized(module: nn.Module, weight: PackedWeight) -> nn.Module | None:

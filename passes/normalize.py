@@ -117,7 +117,7 @@ def fold_weight_norm(match: Match) -> fx.Node | Decline:
     """The weight ``g v / ||v||`` of a module under ``weight_norm`` as a constant of its own, which makes it a layer."""
     v, g = match["v"], match["g"]
     name = free_name(match.gm, f"{_owner(str(v.target))}weight")
-    value = match.node.target(_value(match, v), _value(match, g), *match.node.args[2:])
+    value = aten._weight_norm(_value(match, v), _value(match, g), *match.node.args[2:])
     return match.constant(name, value)
 
 

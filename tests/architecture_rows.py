@@ -56,6 +56,10 @@ def pixels(size: int) -> Callable[[], dict[str, Tensor]]:
     return lambda: {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))}
 
 
+def tokens(length: int) -> Callable[[], dict[str, Tensor]]:
+    return lambda: {"input_ids": torch.arange(2 * length).reshape(2, length) * 37 % 99}
+
+
 TEXT = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -179,10 +183,7 @@ ROWS = (
     row(V, "clip", "CLIPModel", text_config=TEXT, vision_config=VISION, projection_dim=16),
     row(V, "siglip_vision_model", "SiglipVisionModel", VISION),
     row(V, "siglip", "SiglipModel", text_config=TEXT, vision_config=VISION),
-    row(V, "vit_mae", "ViTMAEModel", VISION),
-    row(V, "detr", "DetrForObjectDetection", SEQ2SEQ, num_queries=5),
-    row(V, "dpt", "DPTForDepthEstimation", VISION, is_hybrid=False, backbone_out_indices=[0, 0, 1, 1],
-        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16),
+    row(V, "yolos", "YolosForObjectDetection", VISION, image_size=[32, 32], num_detection_tokens=4),
     row(A, "wav2vec2", "Wav2Vec2ForCTC", WAVE),
     row(A, "hubert", "HubertForCTC", WAVE),
     row(A, "wavlm", "WavLMForCTC", WAVE),
@@ -214,7 +215,8 @@ ROWS = (
     row(R, "mamba2", "Mamba2ForCausalLM", TEXT, state_size=8, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=2,
         chunk_size=8),
     row(R, "falcon_mamba", "FalconMambaForCausalLM", TEXT, state_size=8, num_hidden_layers=2),
-    row(R, "rwkv", "RwkvForCausalLM", TEXT, context_length=64, attention_hidden_size=32),
+    row(R, "rwkv", "RwkvForCausalLM", TEXT, context_length=64, attention_hidden_size=32,
+        inputs=tokens(6)),
     row(R, "recurrent_gemma", "RecurrentGemmaForCausalLM", GQA, lru_width=32, attention_window_size=8, head_dim=8,
         num_hidden_layers=3),
     row(R, "jamba", "JambaForCausalLM", GQA, num_experts=2, mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1,

@@ -11,7 +11,6 @@ the example and on up to three further sets of sizes, where they are free.
 from __future__ import annotations
 
 import argparse
-import copy
 import multiprocessing
 import platform
 import re
@@ -95,8 +94,8 @@ def measure(architecture: Architecture, recipe: str, folder: Path) -> Measured:
         summary, calls = compiled.summary(), [inputs, *(call for _, call in made_up(compiled.program))]
         found = replace(found, stage="save", quantized=len(summary.quantized), layers=len(summary.layers))
         found = replace(found, sizes=sizes(compiled), runs=len(calls))
-        reference = quantized(model, compiled)
         found = replace(found, change=error(compiled, model, inputs))
+        reference = quantized(model, compiled)
         found = replace(found, torch_error=max(error(compiled, reference, call) for call in calls))
         compiled.save(folder / "saved")
         loaded = fxquant.load(folder / "saved")
@@ -109,9 +108,8 @@ def measure(architecture: Architecture, recipe: str, folder: Path) -> Measured:
         return replace(found, reason=f"{type(refused).__name__}: {refused}")
 
 
-def quantized(model: nn.Module, compiled: fxquant.CompiledModel) -> nn.Module:
+def quantized(reference: nn.Module, compiled: fxquant.CompiledModel) -> nn.Module:
     """The module with every weight that was quantized replaced by what its codes mean."""
-    reference = copy.deepcopy(model)
     for path, module in reference.named_modules():  # a weight that is computed from others is quantized as its value
         for name in list(getattr(module, "parametrizations", ())):
             parametrize.remove_parametrizations(reference.get_submodule(path), name)
