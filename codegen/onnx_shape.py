@@ -457,7 +457,7 @@ SHAPE: dict[Any, Converter] = rows(
     (slice_, (aten.slice.Tensor,)),
     (narrow, (aten.narrow.default,)),
     (select, (aten.select.int,)),
-    (concatenate, (aten.cat.default, aten.concat.default)),
+    (concatenate, (aten.cat.default, aten.concat.default, aten.concatenate.default)),
     (join(0), (aten.vstack.default,)),
     (join(1), (aten.hstack.default,)),
     (stack, (aten.stack.default,)),

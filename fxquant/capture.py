@@ -233,7 +233,10 @@ def _export_as_told(model: nn.Module, example: Any, dynamic_shapes: Any, about: 
 
 
 def _export_dynamic(model: nn.Module, example: Any, about: dict[str, Any]) -> Program:
-    """With dynamic sizes, save those that the model looks at in a way that cannot be kept as a limit."""
+    """With dynamic sizes, save those that the model looks at in a way that cannot be kept as a limit.
+
+    Where it looks at several at once, the batch is the last to be fixed.
+    """
     static: frozenset[tuple[int, int]] = frozenset()
     while True:
         inputs = copies(example, alias=False)
@@ -244,7 +247,8 @@ def _export_dynamic(model: nn.Module, example: Any, about: dict[str, Any]) -> Pr
         except UnkeptGuardError as error:
             if error.dims <= static:
                 raise no_such_limit(error) from error
-            static |= error.dims
+            others = frozenset((i, d) for i, d in error.dims if d) - static
+            static |= others or error.dims
 
 
 def _from_exported_program(exported: ExportedProgram) -> Program:

@@ -15,7 +15,7 @@ import multiprocessing
 import platform
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -47,7 +47,7 @@ TORCH_BOUND = 1e-5
 """How far a row of an output may be from the module with dequantized weights, relative to its norm."""
 VISIBLE = 1e-3
 """How much quantization changes an output at least: outputs that do not depend on the weights would show nothing."""
-SECONDS = 300
+SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -235,34 +235,41 @@ def both(architecture: Architecture) -> list[Measured]:
         return [measure(architecture, recipe, Path(folder) / recipe) for recipe in recipes]
 
 
-def alone(architecture: Architecture) -> list[Measured]:
-    """The same in a process of its own, forked from this one; another end than a result becomes the reason."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        try:
-            return pool.apply_async(both, (architecture,)).get(SECONDS)
-        except multiprocessing.TimeoutError:
-            reason = f"takes more than {SECONDS} s"
-        except Exception as other:  # of torch, onnx or transformers: what it is, is what is asked
-            reason = f"{type(other).__name__}: {other}"
-    return [Measured(architecture.name, recipe, reason=reason) for recipe in (FIRST, second_recipe(architecture))]
+def each(chosen: Sequence[Architecture], jobs: int) -> Iterator[list[Measured]]:
+    """The same of many rows, each in a process of its own, forked from this one, ``jobs`` at a time and in order.
+
+    What ends in another way than with a result has that as its reason.
+    """
+    torch.set_num_threads(1)  # so that processes can be forked
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
+        started = [(a, pool.apply_async(both, (a,))) for a in chosen]
+        for a, result in started:
+            try:
+                yield result.get(SECONDS)
+                continue
+            except multiprocessing.TimeoutError:
+                reason = f"takes more than {SECONDS} s"
+            except Exception as other:  # of torch, onnx or transformers: what it is, is what is asked
+                reason = f"{type(other).__name__}: {other}"
+            yield [Measured(a.name, recipe, reason=reason) for recipe in (FIRST, second_recipe(a))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="architectures; all of them if none is named")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes at a time")
     given = parser.parse_args()
     if unknown := set(given.names) - {a.name for a in ROWS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(a.name for a in ROWS)}")
     if given.write and given.names:
         parser.error("--write measures all rows; leave the names out")
-    torch.set_num_threads(1)  # so that processes can be forked
     cpu.available = lambda: None  # the reference operators, as in tests
     cpu.at_hand = lambda values: None
-    rows = []
-    for a in [a for a in ROWS if a.name in given.names or not given.names]:
-        rows.append((a, alone(a)))
-        print(a.name, *("ok" if m.ok else f"{m.recipe}: {m.stage}: {m.reason or m}" for m in rows[-1][1]), flush=True)
+    chosen, rows = [a for a in ROWS if a.name in given.names or not given.names], []
+    for a, found in zip(chosen, each(chosen, given.jobs), strict=True):
+        rows.append((a, found))
+        print(a.name, *("ok" if m.ok else f"{m.recipe}: {m.stage}: {m.reason or m}" for m in found), flush=True)
     if given.write:
         PAGE.write_text(page(rows))
 

@@ -151,6 +151,7 @@ SHAPES: list[Case] = [
         lambda x, i: (torch.cat([x, i], 1), torch.stack([x, x], 1), torch.hstack([x, x]), torch.vstack([x, x[:1]])),
         (X, INTS),
     ),
+    ("concatenate", lambda x: torch.concatenate([x, x], -1), (X,)),
     ("split", lambda x: (*x.split(2, 1), *x.split([1, 4], 1), *x.chunk(2, 1), *x.tensor_split(3, 1)), (X,)),
     ("unbind", lambda x: x.unbind(1), (X,)),
     ("index rows", lambda x, r: (x[r], x[:, r]), (X, ROWS)),
