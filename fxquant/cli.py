@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_generate, cli_kernels, cli_measure, cli_onnx
+from fxquant import cli_compare, cli_config, cli_generate, cli_kernels, cli_measure, cli_onnx, cli_recommend
 from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
 from fxquant.errors import FxquantError
 
@@ -150,6 +150,9 @@ def inspect(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as one HTML page.")] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Print what each pass changed in the graph.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Print a row for every layer.")] = False,
+    model_explorer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write graphs (.json) and overlays for Google's Model Explorer.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what became of a model: sizes, formats, errors, passes, and why layers stayed in float.
@@ -162,19 +165,23 @@ def inspect(
 
         fxquant inspect smollm2-fp6 --html report.html
 
+        fxquant inspect smollm2-fp6 --model-explorer smollm2.json
+
         fxquant inspect smollm2-fp6.onnx
     """
     from fxquant.show.console import print_layers
 
     if out.suffix == ".onnx":
-        if html or diff or layers:
-            raise typer.BadParameter("--html, --diff and --layers show compiled folders; an ONNX file has no passes")
+        if html or diff or layers or model_explorer:
+            raise typer.BadParameter("only --json goes with an ONNX file; the others show folders of fxquant compile")
         cli_onnx.inspect(out, as_json)
         return
     compiled = load(out)
     if html is not None:
-        compiled.report(html)
+        compiled.report(html, title=f"{out.resolve().name}: fxquant report")
         typer.echo(f"wrote {html}", err=as_json)
+    if model_explorer is not None:
+        cli_compare.show_written(compiled.model_explorer(model_explorer))
     summary = compiled.summary()
     if as_json:
         print_json(summary.to_dict() | ({"diff": compiled.diff()} if diff else {}))
@@ -183,7 +190,7 @@ def inspect(
         typer.echo(compiled.diff())
     if layers:
         print_layers(summary)
-    if not (diff or layers or html):
+    if not (diff or layers or html or model_explorer):
         typer.echo(str(summary))
 
 
@@ -191,6 +198,9 @@ def inspect(
 def explain(
     out: Compiled,
     layer: Annotated[str, typer.Argument(metavar="LAYER", help="A layer's path, or a glob in which * crosses dots.")],
+    model: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="The float model: tells the layer's error beside it, and rank.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tell a layer's story: its format, size and error, what each pass did to it, or why it stayed in float.
@@ -199,23 +209,34 @@ def explain(
 
         fxquant explain smollm2-fp6 lm_head
 
+        fxquant explain smollm2-fp6 model.layers.3.mlp.down_proj --model ./SmolLM2-135M
+
         fxquant explain smollm2-fp6 "*.down_proj"
     """
     from dataclasses import asdict
 
+    from fxquant.show.console import progress_bars
     from fxquant.show.text import find
 
     compiled = load(out)
+    chosen = find(compiled.program, layer)
+    compared = None
+    if model is not None:
+        with progress_bars() as progress:
+            compared = cli_compare.comparison(compiled, out, model, progress=progress)
     if as_json:
-        print_json([asdict(q) | {"story": compiled.explain(q.name)} for q in find(compiled.program, layer)])
+        print_json([asdict(q) | {"story": compiled.explain(q.name, compared)} for q in chosen])
     else:
-        typer.echo(compiled.explain(layer))
+        typer.echo(compiled.explain(layer, compared))
 
 
+app.command()(cli_compare.compare)
+app.command()(cli_compare.diff)
 app.command()(cli_generate.generate)
 app.command("eval")(cli_measure.eval_)
 app.command()(cli_measure.sensitivity)
 app.command()(cli_measure.allocate)
+app.command()(cli_recommend.recommend)
 app.command()(cli_kernels.kernels)
 
 
@@ -262,17 +283,8 @@ def formats(
     print_table(*grid.code_table(format), right=("code", "value"))
 
 
-@app.command()
-def recipes(as_json: Json = False) -> None:
-    """List the recipes: configs with a name, for fxquant compile -c NAME."""
-    from fxquant.config import RECIPES
-    from fxquant.show.console import print_table
-
-    if as_json:
-        print_json([{"name": r.name, "summary": r.summary, "config": r.config.to_dict()} for r in RECIPES.values()])
-        return
-    rows = [(r.name, ", ".join(str(rule.weight) for rule in r.config.rules), r.summary) for r in RECIPES.values()]
-    print_table(("recipe", "weights", "what it is"), rows)
+app.command()(cli_config.recipes)
+app.add_typer(cli_config.config, name="config")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def _on_data(model: Path, against: Path | None, data: Path, progress: Progress) 
     """The figures on tensors from a file, and the lines that tell them."""
     from fxquant import evaluate
 
-    inputs = _tensors(data)
+    inputs = read_tensors(data)
     labels = inputs.pop("labels", None)
     if labels is None and against is None:
         raise InputError(f"{data} holds {', '.join(inputs)} and no labels; add integers [samples] named labels, or "
@@ -145,7 +145,7 @@ def _on_data(model: Path, against: Path | None, data: Path, progress: Progress) 
     return found.to_dict(), lines
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -246,7 +246,7 @@ def _batches(loaded: LoadedModel, text: Path | None, data: Path | None, windows:
     if data is not None:
         if text is not None:
             raise typer.BadParameter("--data and --text are two kinds of data; give one of them")
-        tensors = _tensors(data)
+        tensors = read_tensors(data)
         tensors.pop("labels", None)
         return [tensors]
     if is_decoder(loaded.model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,12 @@ from fxquant.config import Config
 from fxquant.errors import ExportError, KernelError
 from fxquant.program import Program, Progress, copied, quiet
 from fxquant.rewrite import fetch, get_attrs
-from fxquant.show import html, summary, text
+from fxquant.show import explorer, html, summary, text
 
 if TYPE_CHECKING:
     from fxquant.codegen.onnx_builder import ActivationBits, Operators, OptimizeFor
     from fxquant.codegen.onnx_check import OnnxCheck
+    from fxquant.show.numerics import Comparison
 
 
 class CompiledModel:
@@ -131,9 +132,22 @@ class CompiledModel:
             warnings.warn(f"checked without fxquant's custom-op library: {error}", stacklevel=2)
         return check_onnx(self.program, path, inputs=inputs, library=library, progress=progress)
 
-    def report(self, path: str | Path) -> None:
-        """Write a self-contained HTML page: totals, passes, graph diffs, and what became of every layer."""
-        html.report(self.program, path, title="fxquant report", config=self.config.to_dict())
+    def report(
+        self, path: str | Path, *, title: str = "fxquant report", comparison: Comparison | None = None,
+        figures: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Write a self-contained HTML page: totals, the model as a tree and a graph, passes, every layer, trade-offs.
+
+        ``comparison`` with the float model (``compare``) adds the error of every layer's output; ``figures`` are
+        measurements to show at the top, ``{"perplexity": "8.58"}``. Raises SaveError.
+        """
+        config = self.config.to_dict()
+        html.report(self.program, path, title=title, config=config, comparison=comparison, figures=figures)
+
+    def model_explorer(self, path: str | Path, comparison: Comparison | None = None) -> list[Path]:
+        """Write the graph, and that of every pass, as JSON that Google's Model Explorer opens, and overlays beside it:
+        error, bits and bytes of each layer, and what a ``comparison`` found. Returns the files, the graphs first."""
+        return explorer.write(self.program, path, comparison)
 
     def summary(self) -> summary.Summary:
         """Bytes before and after, layers with format and error, declines, passes; ``to_dict`` gives JSON."""
@@ -143,9 +157,24 @@ class CompiledModel:
         """What each pass changed in the graph, as unified diffs; or the diff between two named passes."""
         return text.diff(self.program, a, b)
 
-    def explain(self, layer: str) -> str:
-        """The story of one layer: its format, what every pass did to it, and why it stayed in float if it did."""
-        return text.explain(self.program, layer)
+    def explain(self, layer: str, comparison: Comparison | None = None) -> str:
+        """The story of one layer: its format and how well it is used, what every pass did to it, why it stayed in
+        float if it did, and its errors in a ``comparison``."""
+        return text.explain(self.program, layer, comparison)
+
+    def compare(self, model: Any, inputs: Any = None, *, seed: int = 0, progress: Progress = quiet) -> Comparison:
+        """Run this model and the float ``model`` it was compiled from side by side, and rank layers by their error.
+
+        ``inputs``: token windows ``[n, length]``, batches, or one batch as a dict; by default they are drawn with
+        ``seed``. ``str`` of the result is a table. Raises InputError where ``model`` is another one
+        (``comparison.compare``).
+        """
+        from fxquant.comparison import compare
+
+        return compare(self, model, inputs, seed=seed, progress=progress)
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     def __repr__(self) -> str:
         return f"CompiledModel({len(self.program.gm.graph.nodes)} nodes, {len(self.program.trace)} passes)"

@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -28,8 +30,10 @@ from pydantic import (
     model_validator,
 )
 
+from fxquant import places
 from fxquant.errors import ConfigError, near
 from fxquant.methods import METHODS, MethodOptions, method_options
+from fxquant.recipes import ROWS
 from fxquant.scheme import LayerRule, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, parse_spec
 
 
@@ -40,12 +44,36 @@ class _Strict(BaseModel):
 class WeightConfig(_Strict):
     """The long form of a weight spec: ``{format: e2m1, granularity: group64, scale: fp32}``."""
 
-    format: str = Field(min_length=1)
-    granularity: str = Field("channel", min_length=1)
-    scale: str = Field("fp32", min_length=1)
+    format: str = Field(
+        min_length=1, description="e<E>m<M> of at most 8 bits, int2 to int8, uint2 to uint8, nf4, higgs4, lut(<values>)"
+    )
+    granularity: str = Field(
+        "channel", min_length=1, description="what shares a scale: tensor, channel, group<N> or block<R>x<C>"
+    )
+    scale: str = Field(
+        "fp32", min_length=1, description="how scales are stored: fp32, fp16, bf16, e8m0, e4m3, e5m3, m1, m2"
+    )
 
     def spec(self) -> QuantSpec:
         return parse_spec(f"{self.format}/{self.granularity}:{self.scale}")
+
+
+def _named_pass(value: Any) -> Any:
+    """``- gptq`` means ``- gptq: {}``."""
+    if isinstance(value, str):
+        return {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"{str(value)[:60]!r} is no pass; expected a name, or one name with a mapping of its options")
+    return {name: {} if options is None else options for name, options in value.items()}
+
+
+def _check_pass(value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for name, options in value.items():
+        method_options(name, options)
+    return value
+
+
+PassConfig = Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_pass), AfterValidator(_check_pass)]
 
 
 def _form(value: Any) -> str:
@@ -75,14 +103,14 @@ class RuleConfig(_Strict):
     @classmethod
     def _known_weight(cls, value: str | WeightConfig | None) -> str | WeightConfig | None:
         if value is not None:
-            _check_weight_spec(_spec_of(value))
+            check_weight_spec(_spec_of(value))
         return value
 
     @field_validator("activation")
     @classmethod
     def _known_activation(cls, value: str | None) -> str | None:
         if value is not None:
-            _check_activation_spec(value, parse_spec(value))
+            check_activation_spec(parse_spec(value), value)
         return value
 
     @model_validator(mode="after")
@@ -109,21 +137,16 @@ class Config(_Strict):
         except ValidationError as error:
             raise ConfigError(_describe(error, "config")) from error
 
-    rules: tuple[RuleConfig, ...] = Field(min_length=1)
-    passes: tuple[dict[str, dict[str, Any]], ...] = ()
-
-    @field_validator("passes", mode="before")
-    @classmethod
-    def _named_passes(cls, value: Any) -> Any:
-        """``- gptq`` means ``- gptq: {}``."""
-        return tuple(map(_named_pass, value)) if isinstance(value, (list, tuple)) else value
+    rules: tuple[RuleConfig, ...] = Field(
+        min_length=1, description="which layers become what; ordered, the first rule that matches a layer wins"
+    )
+    passes: tuple[
+        Annotated[dict[str, dict[str, Any]], BeforeValidator(_named_pass), AfterValidator(_check_pass)], ...
+    ] = Field((), description="methods to run, in order; none by default")
 
     @field_validator("passes")
     @classmethod
-    def _known_passes(cls, value: tuple[dict[str, dict[str, Any]], ...]) -> tuple[dict[str, dict[str, Any]], ...]:
-        for entry in value:
-            for name, options in entry.items():
-                method_options(name, options)
+    def _ordered_passes(cls, value: tuple[dict[str, dict[str, Any]], ...]) -> tuple[dict[str, dict[str, Any]], ...]:
         names = [name for entry in value for name in entry]
         late = [i for i, name in enumerate(names) if METHODS[name].on == "codes"]
         if late and (early := [name for name in names[late[0] :] if METHODS[name].on == "float"]):
@@ -154,20 +177,15 @@ class Config(_Strict):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
-def _named_pass(value: Any) -> Any:
-    if isinstance(value, str):
-        return {value: {}}
-    if not isinstance(value, Mapping) or len(value) != 1:
-        raise ValueError(f"{str(value)[:60]!r} is no pass; expected a name, or one name with a mapping of its options")
-    return {name: {} if options is None else options for name, options in value.items()}
-
-
-def _check_weight_spec(spec: QuantSpec) -> None:
+def check_weight_spec(spec: QuantSpec) -> None:
+    """Raise a ValueError unless a weight can be of ``spec``."""
     if spec.dynamic or (isinstance(spec.granularity, PerChannel) and spec.granularity.axis):
         raise ValueError(f"{spec}: weights take tensor, channel, group<N> or block<R>x<C>")
 
 
-def _check_activation_spec(text: str, spec: QuantSpec) -> None:
+def check_activation_spec(spec: QuantSpec, text: str = "") -> None:
+    """Raise a ValueError unless activations can be of ``spec``, which was written ``text``."""
+    text = text or str(spec)
     if not isinstance(spec.granularity, (PerToken, PerGroup, PerTensor)):
         raise ValueError(
             f"activation {text!r}: activations take {spec.format}/token or {spec.format}/group<N>, whose scales are "
@@ -185,82 +203,17 @@ def _spec_of(value: str | WeightConfig) -> QuantSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config with a name and a line that says what it is."""
+    """A config with a name, a line that says what it is, where it comes from, and how it differs from that."""
 
     name: str
     summary: str
     config: Config
-
-
-def _uniform(
-    name: str, weight: str, summary: str, *, activation: str | None = None, passes: Mapping[str, Any] | None = None
-) -> Recipe:
-    rule = RuleConfig(match="*", weight=weight, activation=activation)
-    return Recipe(name, summary, Config(rules=(rule,), passes=tuple({k: v} for k, v in (passes or {}).items())))
-
-
-_GPTQ = {"gptq": {"float_targets": True}}
-
-
-def _w4a8(name: str, weight: str, summary: str) -> Recipe:
-    return _uniform(name, weight, summary, activation="e4m3/token", passes=_GPTQ)
+    source: str = ""
+    note: str = ""
 
 
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        _uniform("W6A16-E3M2", "e3m2/channel", "FP6 E3M2 weights, one scale a row (ZeroQuant(4+2))"),
-        _uniform(
-            "W6A16-E2M3", "e2m3/channel", "FP6 E2M3 weights, one scale a row: more mantissa, often the better FP6"
-        ),
-        _uniform("W4A16-RTN", "e2m1/group64", "FP4 E2M1 weights in groups of 64, round-to-nearest"),
-        _uniform(
-            "W4A16-GPTQ",
-            "e2m1/group64",
-            "FP4 E2M1 weights in groups of 64, GPTQ that aims at the float model's outputs",
-            passes=_GPTQ,
-        ),
-        _uniform(
-            "W4A16-GPTQ-LoRC",
-            "e2m1/group64",
-            "W4A16-GPTQ, and two thin INT8 factors of rank 8 a layer that give back what is lost",
-            passes={**_GPTQ, "lorc": {"float_targets": True}},
-        ),
-        _w4a8("W4A8-FP", "e2m1/group256", "FP4 E2M1 in groups of 256 by GPTQ, E4M3 inputs a token (ZeroQuant-FP)"),
-        _w4a8("W4A8-FP-M1", "e2m1/group256:m1", "W4A8-FP with scales that are powers of two (M1)"),
-        _w4a8("W4A8-FP-M2", "e2m1/group256:m2", "W4A8-FP with scales a power of two below one scale a row (M2)"),
-        _uniform("W8A16-FP8", "e4m3/channel", "FP8 E4M3 weights, one scale a row"),
-        _uniform(
-            "W8A8-FP8", "e4m3/channel", "FP8 E4M3 weights a row, FP8 E4M3 activations a token", activation="e4m3/token"
-        ),
-        _uniform(
-            "W4A4-FPQ",
-            "e2m1/channel",
-            "FP4 weights a row and FP4 activations a tensor: formats and clips searched, shifts folded (LLM-FP4)",
-            activation="e2m1/tensor",
-            passes={"pre_shift": {}, "search_formats": {}, "fold_activation_scales": {}},
-        ),
-        _uniform("MXFP4", "mxfp4", "OCP MXFP4 weights: E2M1 in blocks of 32, E8M0 scales"),
-        _uniform("MXFP6", "mxfp6", "OCP MXFP6 weights: E3M2 in blocks of 32, E8M0 scales"),
-        _uniform("MXFP8", "mxfp8", "OCP MXFP8 weights: E4M3 in blocks of 32, E8M0 scales"),
-        _uniform("NVFP4", "nvfp4", "NVFP4 weights: E2M1 in blocks of 16, E4M3 scales under one fp32 scale"),
-        _uniform("W4A16-NF4", "nf4", "NF4 weights in groups of 64"),
-        _uniform(
-            "W4A16-HIGGS",
-            "higgs4/group64",
-            "the Gaussian grid of HIGGS in groups of 64, after a rotation of each",
-            passes={"rotate": {"size": 64}},
-        ),
-        _uniform("W4A16-INT", "int4/group64", "INT4 symmetric weights in groups of 64, round-to-nearest"),
-        _uniform("W8A16-INT", "int8/channel", "INT8 symmetric weights, one scale a row"),
-        _uniform(
-            "W8A8-INT",
-            "int8/channel",
-            "INT8 symmetric weights a row by GPTQ, INT8 activations a token",
-            activation="int8/token",
-            passes=_GPTQ,
-        ),
-    )
+    row.name: Recipe(row.name, row.summary, Config(**row.config), row.source, row.note) for row in ROWS
 }
 """Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""
 
@@ -301,16 +254,20 @@ def _from_file(path: Path) -> Config:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config {str(path)!r}: {error}") from error
+    kind = path.suffix.lower()
     try:
-        data = _LOADERS[path.suffix.lower()](text)
+        data = _LOADERS[kind](text)
+        root = None if kind == ".toml" else places.tree(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config {str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(data, Mapping):
         raise ConfigError(f"config {str(path)!r} holds a {type(data).__name__}; expected a mapping with the key rules")
-    return _validated(data, str(path))
+    if root is not None:
+        places.check_keys(root, str(path))
+    return _validated({key: value for key, value in data.items() if key != "$schema"}, str(path), root)
 
 
-def _validated(data: Mapping[str, Any], where: str) -> Config:
+def _validated(data: Mapping[str, Any], where: str, root: yaml.Node | None = None) -> Config:
     if unnamed := [key for key in data if not isinstance(key, str)]:
         raise ConfigError(f"{where}: unknown key {unnamed[0]!r}; expected {', '.join(Config.model_fields)}")
     try:
@@ -318,15 +275,19 @@ def _validated(data: Mapping[str, Any], where: str) -> Config:
     except ConfigError as error:
         if not isinstance(error.__cause__, ValidationError):
             raise
-        raise ConfigError(_describe(error.__cause__, where)) from error.__cause__
+        raise ConfigError(_describe(error.__cause__, where, root)) from error.__cause__
 
 
-def _describe(error: ValidationError, where: str) -> str:
-    """A line for each error, but for those that only follow from one inside the same value."""
+def _describe(error: ValidationError, where: str, root: yaml.Node | None = None) -> str:
+    """A line for each error, but for those that only follow from one inside the same value; ``root`` knows places."""
     found = error.errors()
     inner = [item["loc"] for item in found]
     first = [item for item in found if not any(loc[: len(item["loc"])] == item["loc"] != loc for loc in inner)]
-    return "\n".join(_line(item, where) for item in first)
+    lines = []
+    for item in first:
+        at = "" if root is None else ":{}:{}".format(*places.place(root, item["loc"]))
+        lines.append(_line(item, f"{where}{at}"))
+    return "\n".join(lines)
 
 
 def _line(item: Any, where: str) -> str:

@@ -122,7 +122,8 @@ def run_demo(
             evaluate.OnnxModel(files["onnx"]), windows, progress=progress
         )
     with clock.stage("report"):
-        compiled.report(files["report"])
+        figures = {f"Perplexity, {name}": f"{value.value:.4f}" for name, value in found.items()}
+        compiled.report(files["report"], title=f"{loaded.name} as {CONFIG}", figures=figures)
     return _result(loaded, compiled.summary(), found, clock.stages, files)
 
 

@@ -4,7 +4,7 @@
      "signature": {"inputs": [...], "output": ..., "fixed": {...}},
      "tensors": {"head.weight": {"dtype": "float32", "shape": [8, 4]}, "embed.weight": {"same_as": "head.weight"}},
      "nodes": [{"name": "linear", "op": "call_function", "target": "aten.linear.default", "args": [...], "info": ...}],
-     "trace": {"lines": [...], "steps": [...]}}
+     "trace": {"lines": [...], "steps": [...]}, "observations": {"rows": 32, "inputs": "...", "layers": [...]}}
 
 ``decode`` raises MalformedError for whatever does not fit together. It builds the graph from tables of known operators
 and compiles it, but runs nothing.
@@ -44,6 +44,7 @@ from fxquant.encoding import (
 )  # fmt: skip
 from fxquant.errors import FormatError
 from fxquant.graph import META, TensorType, info
+from fxquant.observed import decode_observations, encode_observations
 from fxquant.program import Program
 from fxquant.qtensor import QuantizedTensor, check_exponent_bias, check_scale
 from fxquant.rewrite import attach, get_attrs, identity, tensors
@@ -58,7 +59,7 @@ _MAX_CONFIG_DEPTH = 32
 def encode(program: Program, config: Mapping[str, Any]) -> tuple[dict[str, Json], dict[str, Tensor]]:
     """The document, and the tensors that stand beside it by name, a tied one once."""
     table, stored = encode_tensors(kept_tensors(program.gm))
-    document = {
+    document: dict[str, Json] = {
         "format": FORMAT,
         "version": VERSION,
         "fxquant": metadata.version("fxquant"),
@@ -68,6 +69,8 @@ def encode(program: Program, config: Mapping[str, Any]) -> tuple[dict[str, Json]
         "nodes": [encode_node(node) for node in program.gm.graph.nodes],
         "trace": encode_trace(program.trace),
     }
+    if program.observations is not None:
+        document["observations"] = encode_observations(program.observations)
     return document, stored
 
 
@@ -163,7 +166,7 @@ def check_header(document: Json) -> dict[str, Json]:
             f"it has format version {version}, of fxquant {str(document.get('fxquant'))[:20]!r}; known is {VERSION}",
             "upgrade fxquant",
         )
-    return fields(document, "the document", _KEYS)
+    return fields(document, "the document", _KEYS, ["observations"])
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,8 @@ def decode(document: Json, stored: Mapping[str, Tensor]) -> tuple[Program, dict[
     for node in graph.nodes:
         if ops.is_op(node.target):
             check_weight(node, constants)
-    return Program(module_of(graph, constants), signature, decode_trace(found["trace"])), config
+    seen = decode_observations(found["observations"]) if "observations" in found else None
+    return Program(module_of(graph, constants), signature, decode_trace(found["trace"]), seen), config
 
 
 def resolve(table: Mapping[str, Stored | str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -424,6 +424,7 @@ def encode_trace(trace: Sequence[Step]) -> Json:
         {
             "name": step.name, "seconds": encode_value(float(step.seconds)),
             "error": None if step.error is None else encode_value(float(step.error)),
+            "nbytes": step.nbytes,
             "rewrites": [[r.rule, r.node, r.layer, r.detail] for r in step.rewrites],
             "declines": [[d.rule, d.node, d.layer, d.reason] for d in step.declines],
             "text": [lines.setdefault(line, len(lines)) for line in step.text.split("\n")],
@@ -438,7 +439,7 @@ def decode_trace(value: Json) -> list[Step]:
     lines = [text(line, "a line of the trace", 1 << 20) for line in items(found["lines"], "the lines of the trace")]
     steps, total = [], 0
     for item in items(found["steps"], "the steps of the trace"):
-        item = fields(item, "a step", ["name", "seconds", "error", "rewrites", "declines", "text"])
+        item = fields(item, "a step", ["name", "seconds", "error", "rewrites", "declines", "text"], ["nbytes"])
         where = f"step {text(item['name'], 'the name of a step', 256)!r}"
         numbers = items(item["text"], f"the text of {where}")
         shown = [lines[whole(i, f"a line of {where}", 0, len(lines) - 1)] for i in numbers]
@@ -452,6 +453,7 @@ def decode_trace(value: Json) -> list[Step]:
             text="\n".join(shown),
             seconds=_positive(item["seconds"], f"the time of {where}"),
             error=None if item["error"] is None else decode_number(item["error"], f"the error of {where}"),
+            nbytes=None if item.get("nbytes") is None else whole(item["nbytes"], f"the bytes of {where}", 0),
         ))  # fmt: skip
     return steps
 

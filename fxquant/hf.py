@@ -62,6 +62,24 @@ def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress =
     return LoadedModel(model, tokenizer, inputs, path.stem if path.is_file() else path.resolve().name, quantized)
 
 
+def empty_model(path: str | Path) -> nn.Module | None:
+    """The model at ``path`` in eval mode and fp32, its parameters on the meta device: no weights are read.
+
+    None for a GGUF file whose header does not say which model it is. Raises ModelError as ``load_model`` does.
+    """
+    path = Path(path)
+    _check_path(path)
+    hf = transformers()
+    if path.is_file():
+        config = _gguf_header(path)[1]
+        return None if config is None else _without_values(hf, config).eval()
+    cls = _model_class(hf, path, _config_of(path))
+    config = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
+        return build(config, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+
+
 def transformers() -> ModuleType:
     """The transformers package; ModelError with the command that installs it where it is missing."""
     try:
@@ -137,15 +155,7 @@ def _inside(path: Path) -> str:
 
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------
 def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except ValueError as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {error}; fetch the file again") from error
-    if method := config.get("quantization_config"):
-        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise ModelError(f"{path} is already quantized ({kind}); start from the float model it was made from")
+    config = _config_of(path)
     cls = _model_class(hf, path, config)
     try:
         model, loaded = cls.from_pretrained(
@@ -160,6 +170,20 @@ def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
             f"fetch all of its *.safetensors files, or name the class that was saved in config.json's architectures"
         )
     return model  # type: ignore[no-any-return]
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """config.json of a float model; ModelError where it cannot be read, or is that of a quantized one."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a JSON object")
+    except ValueError as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {error}; fetch the file again") from error
+    if method := config.get("quantization_config"):
+        kind = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
+        raise ModelError(f"{path} is already quantized ({kind}); start from the float model it was made from")
+    return config
 
 
 def _model_class(hf: ModuleType, path: Path, config: dict[str, Any]) -> Any:

@@ -8,10 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
 
 from fxquant.errors import near
-from fxquant.scheme import PerChannel, parse_spec
+from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
 
 class MethodOptions(BaseModel):
@@ -46,68 +55,96 @@ def _fraction(value: float | Literal["auto"]) -> float | Literal["auto"]:
     return value
 
 
-Damping = Annotated[float | Literal["auto"], AfterValidator(_fraction)]
+Damping = Annotated[
+    float | Literal["auto"],
+    AfterValidator(_fraction),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "number", "minimum": 0, "maximum": 1}]}),
+]
+_DAMPING = "fraction of the mean diagonal added to H; auto: of 0.03 and 0.3 the one that is better on held-out data"
+_SEQUENTIAL = "a layer's inputs come from the refined layers before it; false: from the float weights"
+_FLOAT_TARGETS = "with sequential inputs, aim at the outputs that the float model's layer has on its own inputs"
 
 
 class GptqOptions(CalibratedOptions):
-    """GPTQ. ``damp_percent`` is a fraction of H's mean diagonal, ``auto``: what is best on held-out data; ``clip``: how
-    scales are chosen.
+    """GPTQ (2210.17323): refines codes so that each layer's output, not its weight, changes least."""
 
-    ``sequential``: a layer's inputs come from the layers before it as they were refined, else from the float weights.
-    ``float_targets``: with sequential inputs, aim at the outputs that the float model's layer has on its own inputs.
-    """
-
-    act_order: StrictBool = True
-    damp_percent: Damping = "auto"
-    block_size: int = Field(32, ge=1)
-    clip: Literal["absmax", "mse", "hessian"] = "hessian"
-    sequential: StrictBool = True
-    float_targets: StrictBool = False
+    act_order: StrictBool = Field(
+        True, description="columns with the largest inputs first, group scales found before; false: left to right"
+    )
+    damp_percent: Damping = Field("auto", description=_DAMPING)
+    block_size: int = Field(32, ge=1, description="columns updated at a time; speed only")
+    clip: Literal["absmax", "mse", "hessian"] = Field(
+        "hessian",
+        description=(
+            "how scales are chosen: absmax; mse, least squared weight error; hessian, least error that "
+            "later columns cannot make up for"
+        ),
+    )
+    sequential: StrictBool = Field(True, description=_SEQUENTIAL)
+    float_targets: StrictBool = Field(False, description=_FLOAT_TARGETS)
 
 
 class ZqGlobalOptions(CalibratedOptions):
-    """ZQ-Global. ``learning_rate``: in steps of codes; ``batch``: calibration batches an iteration.
+    """ZQ-Global (ZeroQuant-V2, 2303.08302): trains a block's weights until its output is the float block's."""
 
-    ``train_scales``: scales too, where they are fp32, fp16 or bf16. ``blocks``: ``auto``, or a glob over module paths.
-    ``sequential``: a block's inputs come from the blocks before it as they were trained, else from the float model.
-    ``float_targets``: with sequential inputs, aim at what the float model's block gives on its own inputs.
-    ``loss``: each token's squared error relative to its size, or ``mse``, the mean over all.
-    """
-
-    iterations: int = Field(48, ge=0)
-    learning_rate: float = Field(0.025, gt=0, allow_inf_nan=False)
-    batch: int = Field(1, ge=1)
-    train_scales: StrictBool = False
-    blocks: str = Field("auto", min_length=1)
-    sequential: StrictBool = True
-    float_targets: StrictBool = True
-    loss: Literal["relative", "mse"] = "relative"
+    iterations: int = Field(48, ge=0, description="steps of Adam a block; 0 changes nothing")
+    learning_rate: float = Field(
+        0.025,
+        gt=0,
+        allow_inf_nan=False,
+        description="in steps of codes, so that it suits weights of any size; falls to 0",
+    )
+    batch: int = Field(1, ge=1, description="calibration batches an iteration")
+    train_scales: StrictBool = Field(False, description="train scales too, where they are fp32, fp16 or bf16")
+    blocks: str = Field(
+        "auto",
+        min_length=1,
+        description=(
+            "auto, or a glob over module paths such as model.layers.*; weights that it does not match keep their codes"
+        ),
+    )
+    sequential: StrictBool = Field(
+        True, description="a block's inputs come from the trained blocks before it; false: from the float model"
+    )
+    float_targets: StrictBool = Field(
+        True,
+        description=(
+            "with sequential inputs, aim at what the float model's block gives on its own inputs; false: on "
+            "the same inputs"
+        ),
+    )
+    loss: Literal["relative", "mse"] = Field(
+        "relative",
+        description=(
+            "relative: each token's squared error relative to its own size; mse: the mean over all, as in the paper"
+        ),
+    )
 
 
 class SmoothOptions(CalibratedOptions):
-    """SmoothQuant. ``alpha``: how much of the activations' range goes into the weights, 0 to 1."""
+    """SmoothQuant (2211.10438): moves outliers of activations into the weights that read them."""
 
     on = "float"
     changes_graph = True
 
-    alpha: float = Field(0.5, ge=0, le=1)
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the activations' range that the weights take")
 
 
 class QuantizeAttentionOptions(MethodOptions):
-    """The products of attention. ``spec``: what queries, keys, probabilities and values are rounded to."""
+    """Rounds queries, keys, probabilities and values, the operands of attention's two products."""
 
     on = "float"
     changes_graph = True
 
-    spec: str = "e4m3/tensor"
+    spec: str = Field(
+        "e4m3/tensor",
+        description="what they become: <format>/tensor, one scale from calibration data, or <format>/token, one a row",
+    )
 
     @field_validator("spec")
     @classmethod
     def _known_spec(cls, value: str) -> str:
-        spec = parse_spec(value)
-        if not (spec.static or spec.dynamic) or spec.kind.outer is not None or spec.has_zero_point:
-            raise ValueError(f"{value!r}: products of activations take <format>/tensor or <format>/token, such as "
-                             f"e4m3/tensor")  # fmt: skip
+        check_operand_spec(parse_spec(value), value)
         return value
 
     @property
@@ -115,24 +152,33 @@ class QuantizeAttentionOptions(MethodOptions):
         return parse_spec(self.spec).static
 
 
+def check_operand_spec(spec: QuantSpec, text: str = "") -> None:
+    """Raise a ValueError unless operands of attention can be of ``spec``, which was written ``text``."""
+    if not (spec.static or spec.dynamic) or spec.kind.outer is not None or spec.has_zero_point:
+        raise ValueError(
+            f"{(text or str(spec))!r}: products of activations take <format>/tensor or <format>/token, such as "
+            f"e4m3/tensor"
+        )
+
+
 class QuantizeKvCacheOptions(MethodOptions):
-    """The KV cache. ``key`` and ``value``: <format>/channel, one scale a head and channel from calibration data, or
-    <format>/token, one a head and token."""
+    """Stores the keys and values of past tokens as codes, in models that have a KV cache."""
 
     on = "float"
     changes_graph = True
 
-    key: str = "int8/channel"
-    value: str = "int8/token"
+    key: str = Field(
+        "int8/channel",
+        description=(
+            "<format>/channel[:scale], a scale a head and channel from calibration data, or <format>/token[:scale]"
+        ),
+    )
+    value: str = Field("int8/token", description="as key")
 
     @field_validator("key", "value")
     @classmethod
     def _known_spec(cls, value: str) -> str:
-        spec = parse_spec(value)
-        channel = isinstance(spec.granularity, PerChannel) and not spec.granularity.axis
-        if not (channel or spec.dynamic) or spec.scale not in ("fp32", "fp16") or spec.has_zero_point:
-            raise ValueError(f"{value!r}: a KV cache takes <format>/channel or <format>/token, with fp32 or fp16 "
-                             f"scales, such as int4/channel:fp16")  # fmt: skip
+        check_cache_spec(parse_spec(value), value)
         return value
 
     @property
@@ -140,22 +186,40 @@ class QuantizeKvCacheOptions(MethodOptions):
         return any(not parse_spec(spec).dynamic for spec in (self.key, self.value))
 
 
+def check_cache_spec(spec: QuantSpec, text: str = "") -> None:
+    """Raise a ValueError unless keys and values of a cache can be of ``spec``, which was written ``text``."""
+    channel = isinstance(spec.granularity, PerChannel) and not spec.granularity.axis
+    if not (channel or spec.dynamic) or spec.scale not in ("fp32", "fp16") or spec.has_zero_point:
+        raise ValueError(
+            f"{(text or str(spec))!r}: a KV cache takes <format>/channel or <format>/token, with fp32 or fp16 scales, "
+            f"such as int4/channel:fp16"
+        )
+
+
 class PreShiftOptions(CalibratedOptions):
-    """LLM-FP4's pre-shifted exponent bias. ``max_shift``: the most for a channel; null: 2^E - 1 of the format."""
+    """LLM-FP4 (2310.16836): multiplies each channel of an activation by a power of two before it is rounded."""
 
     changes_graph = True
 
-    max_shift: int | None = Field(None, ge=0, le=64)
+    max_shift: int | None = Field(
+        None, ge=0, le=64, description="largest exponent of a channel; null: 2^E - 1 of a format with E exponent bits"
+    )
 
 
 class RotateOptions(MethodOptions):
-    """Hadamard rotation. ``size``: channels of a block, a power of two; None: the largest that fits, at most 128."""
+    """Turns inputs and weights of linears by blocks of a Hadamard matrix with random signs (2404.00456, 2411.17525)."""
 
     on = "float"
     changes_graph = True
 
-    size: int | None = Field(None, ge=2, le=1 << 15)
-    seed: int = 0
+    size: int | None = Field(
+        None,
+        ge=2,
+        le=1 << 15,
+        description="channels of a block, a power of two; null: the largest that divides the channels, at most 128",
+        json_schema_extra={"enum": [None, *(1 << n for n in range(1, 16))]},
+    )
+    seed: int = Field(0, description="of the signs")
 
     @field_validator("size")
     @classmethod
@@ -166,46 +230,59 @@ class RotateOptions(MethodOptions):
 
 
 class SearchFormatsOptions(PreShiftOptions):
-    """LLM-FP4's search. ``steps`` clips over ``octaves`` below the largest magnitude, ``rounds`` of activation, weight.
+    """LLM-FP4 (2310.16836): searches the format and the clipping of activations and weights together."""
 
-    ``formats``: all float formats of as many bits, or the same. ``float_targets``: weights make up for the rounding of
-    activations by least squares. ``loss``: squared errors of outputs, all alike, or weighted by squared gradients.
-    """
-
-    rounds: int = Field(3, ge=1, le=100)
-    steps: int = Field(100, ge=2, le=10_000)
-    octaves: float = Field(2.0, gt=0, le=16)
-    formats: Literal["all", "same"] = "all"
-    float_targets: StrictBool = False
-    loss: Literal["mse", "fisher"] = "mse"
+    rounds: int = Field(3, ge=1, le=100, description="how often activation and weights are searched in turn")
+    steps: int = Field(100, ge=2, le=10_000, description="how many clips are tried, evenly in log2")
+    octaves: float = Field(2.0, gt=0, le=16, description="clips go down to 2^-octaves of the largest magnitude")
+    formats: Literal["all", "same"] = Field(
+        "all", description="all float formats of as many bits, or the same: only the clipping is searched"
+    )
+    float_targets: StrictBool = Field(
+        False, description="weights also make up, by least squares, for the rounding of the activations"
+    )
+    loss: Literal["mse", "fisher"] = Field(
+        "mse", description="mse: errors of outputs cost alike; fisher: what the squares of their gradients say"
+    )
 
 
 class FoldActivationScalesOptions(MethodOptions):
-    """Where the shifts of activations go: an ``exponent_bias`` of the weights, or their codes as ``e4m3``."""
+    """LLM-FP4 (2310.16836): folds shifts of activations into weights and producers; no bit of the output changes."""
 
     changes_graph = True
     last = True
 
-    into: Literal["exponent_bias", "e4m3"] = "exponent_bias"
+    into: Literal["exponent_bias", "e4m3"] = Field(
+        "exponent_bias",
+        description=(
+            "exponent_bias: an int8 an input channel beside the codes; e4m3: codes that hold the shift, "
+            "where that is exact"
+        ),
+    )
 
 
 class LorcOptions(MethodOptions):
-    """LoRC. ``factors``: the spec that U and V are stored in; ``weighting``: what the error is measured by.
-
-    ``none`` is the weight's own error, as the paper has it; ``act_rms`` weights columns by their inputs, ``hessian`` is
-    the error of the output. ``damp_percent``, ``sequential`` and ``float_targets`` as for GPTQ.
-    ``rounds``: how often the codes are solved anew, around the factors, by GPTQ; 0: they stay as they are.
-    """
+    """LoRC (ZeroQuant-V2, 2303.08302): gives back what quantization took as a product of two thin matrices."""
 
     last = True
 
-    rank: int = Field(8, ge=1)
-    rounds: int = Field(0, ge=0, le=100)
-    factors: Literal["int8/channel", "e4m3/channel"] = "int8/channel"
-    weighting: Literal["none", "act_rms", "hessian"] = "hessian"
-    damp_percent: Damping = "auto"
-    sequential: StrictBool = True
-    float_targets: StrictBool = False
+    rank: int = Field(8, ge=1, description="columns of U and rows of V")
+    rounds: int = Field(
+        0, ge=0, le=100, description="how often GPTQ solves the codes anew around the factors; 0: the codes stay"
+    )
+    factors: Literal["int8/channel", "e4m3/channel"] = Field(
+        "int8/channel", description="the spec that U and V are stored in"
+    )
+    weighting: Literal["none", "act_rms", "hessian"] = Field(
+        "hessian",
+        description=(
+            "what error is least: hessian, that of the output; act_rms, the weight's with columns weighted "
+            "by their inputs; none, the weight's, as in the paper"
+        ),
+    )
+    damp_percent: Damping = Field("auto", description=_DAMPING)
+    sequential: StrictBool = Field(True, description=_SEQUENTIAL)
+    float_targets: StrictBool = Field(False, description=_FLOAT_TARGETS)
 
     @property
     def calibrated(self) -> bool:
@@ -213,31 +290,41 @@ class LorcOptions(MethodOptions):
 
 
 class ZqLocalOptions(CalibratedOptions):
-    """ZQ-Local. ``learning_rate`` is in units of a weight's scale; the others as for GPTQ."""
+    """ZQ-Local (ZeroQuant-V2, 2303.08302): gradient descent on each layer's output error, through the rounding."""
 
-    iterations: int = Field(64, ge=1)
-    learning_rate: float = Field(0.01, gt=0)
-    damp_percent: float = Field(0.01, ge=0, le=1)
-    sequential: StrictBool = True
-    float_targets: StrictBool = False
+    iterations: int = Field(64, ge=1, description="steps of Adam; the rate falls to 0")
+    learning_rate: float = Field(
+        0.01, gt=0, description="what a weight moves at most in the first step, in units of its scale"
+    )
+    damp_percent: float = Field(0.01, ge=0, le=1, description="added to H for float_targets alone")
+    sequential: StrictBool = Field(True, description=_SEQUENTIAL)
+    float_targets: StrictBool = Field(False, description=_FLOAT_TARGETS)
 
 
 class GwqOptions(CalibratedOptions):
-    """GWQ. ``fraction`` of each layer's weights that stay in 16 bits; ``samples``: how many batches choose them."""
+    """GWQ (2411.00850): keeps the weights that the loss depends on most in 16 bits, sparse."""
 
     changes_graph = True
 
-    fraction: float = Field(0.01, ge=0, le=0.5)
-    samples: int = Field(1, ge=1)
+    fraction: float = Field(
+        0.01,
+        ge=0,
+        le=0.5,
+        description="of each layer's weights that are kept, those with the largest gradients; 6 bytes each",
+    )
+    samples: int = Field(1, ge=1, description="batches of calibration data that the gradients are taken on")
 
 
 class PbLlmOptions(MethodOptions):
-    """PB-LLM. ``fraction`` of each layer's weights that stay in INT8; ``criterion``: how they are chosen."""
+    """PB-LLM (2310.00034): one bit for most weights, with rules of lut(-1,1); salient ones stay in INT8, sparse."""
 
     changes_graph = True
 
-    fraction: float = Field(0.1, ge=0, le=0.5)
-    criterion: Literal["magnitude", "hessian"] = "magnitude"
+    fraction: float = Field(0.1, ge=0, le=0.5, description="of each layer's weights that are kept; 5 bytes each")
+    criterion: Literal["magnitude", "hessian"] = Field(
+        "magnitude",
+        description="magnitude: the largest weights; hessian: those whose change would cost most, needs data",
+    )
 
     @property
     def calibrated(self) -> bool:

@@ -21,6 +21,7 @@ from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
+from fxquant.observe import observe
 from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
 from fxquant.passes.gwq import GWQ
@@ -39,8 +40,9 @@ from fxquant.passes.smooth import SMOOTH
 from fxquant.passes.store_kv_cache import STORE_KV_CACHE
 from fxquant.passes.zq_global import ZQ_GLOBAL
 from fxquant.passes.zq_local import ZQ_LOCAL
-from fxquant.program import Measure, Program, Progress, Stage, quiet, relative_error, run
+from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, quiet, relative_error, run
 from fxquant.scheme import LayerRule
+from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
 from fxquant.verify import verify
 
@@ -51,6 +53,7 @@ def compile(
     config: ConfigLike = "W6A16-E3M2",
     *,
     calibration: Calibration | None = None,
+    passes: Sequence[Pass] = (),
     dynamic_shapes: Any = None,
     progress: Progress = quiet,
 ) -> CompiledModel:
@@ -59,7 +62,8 @@ def compile(
     ``example_inputs``: a tuple of positional or a dict of keyword inputs; their batch and sequence sizes may vary later
     where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
     path to YAML, TOML or JSON, a dict, or a Config. ``calibration``: batches of inputs (dicts, tuples or tensors), or
-    token windows ``[n, length]``, for configs with methods that need data. The model itself is not changed.
+    token windows ``[n, length]``, for configs with methods that need data. ``passes``: passes of your own, run on the
+    float graph before the config's. The model itself is not changed.
 
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
@@ -77,16 +81,22 @@ def compile(
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
     methods = _methods(settings, given)
     stages = [
+        *(Stage(own, given) for own in passes),
         *methods["float"],
         *activations,
         Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
         Stage(REMOVE_DEAD),
         *methods["codes"],
+    ]
+    lowering = [
         Stage(LOWER),
         *([Stage(STORE_KV_CACHE)] if any(s.pass_ is QUANTIZE_KV_CACHE for s in methods["float"]) else []),
         Stage(REMOVE_DEAD),
     ]
     run(program, stages, check=verify, measure=measure, progress=progress)
+    progress("observe", 0, 0)
+    program.observations = observe(program, _example(program, example_inputs))
+    run(program, lowering, check=verify, measure=measure, progress=progress)
     return CompiledModel(program, settings)
 
 
@@ -180,20 +190,28 @@ def check_rules(rules: Sequence[LayerRule], layers: Sequence[Layer]) -> None:
             )
 
 
-def _measure(program: Program, example_inputs: Any) -> Measure | None:
-    """Relative error against the captured program's output on the example inputs; None once it takes other inputs."""
+def _example(program: Program, example_inputs: Any) -> list[Any] | None:
+    """The example inputs as the graph takes them; None where there are none."""
     if example_inputs is None:
         return None
     args, kwargs = as_call(example_inputs)
-    captured = program.signature.inputs
-    inputs = program.signature.bind(args, kwargs)
-    with torch.no_grad():
-        want = program.gm(*inputs)
+    return list(program.signature.bind(args, kwargs))
 
-    def measure(program: Program) -> float | None:
-        if program.signature.inputs != captured:
-            return None
+
+def _measure(program: Program, example_inputs: Any) -> Measure:
+    """Bytes, and the relative error against the captured program's output on the example inputs.
+
+    There is no error without example inputs, nor once the program takes other inputs than it was captured with.
+    """
+    captured, inputs = program.signature.inputs, _example(program, example_inputs)
+    with torch.no_grad():
+        want = program.gm(*inputs) if inputs is not None else ()
+
+    def measure(program: Program) -> Measured:
+        nbytes = model_bytes(program.gm)
+        if inputs is None or program.signature.inputs != captured:
+            return Measured(None, nbytes)
         with torch.no_grad(), cpu.reference_only():
-            return relative_error(program.gm(*inputs), want)
+            return Measured(relative_error(program.gm(*inputs), want), nbytes)
 
     return measure

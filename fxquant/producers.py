@@ -17,6 +17,7 @@ value over- or underflows, x * s is what it was times s in every bit. SmoothQuan
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -50,7 +51,8 @@ class Fold:
 
     ``sources``: int64 [K], the channel of the constants that each channel of x comes from; ``channels``: how many the
     constants have. ``exact``: only powers of two can be folded, since codes have their scales multiplied.
-    ``linear``: x is linear in a float linear's outputs, alike in all channels: they may be mixed, not only scaled.
+    ``linear``: x is linear in a float linear's outputs, alike in all channels: they may be mixed, not only scaled;
+    behind attention, where each head has probabilities of its own, only those of one head, ``head`` channels (else 0).
     """
 
     gm: fx.GraphModule
@@ -61,6 +63,7 @@ class Fold:
     channels: int
     exact: bool = False
     linear: bool = False
+    head: int = 0
 
     def merge(self, s: Tensor) -> Tensor:
         """``s`` [K] with channels of one source given the largest of their values."""
@@ -72,6 +75,8 @@ class Fold:
         if not self.linear or len(self.sources) % size:
             return False
         runs = self.sources.reshape(-1, size)
+        if self.head and (self.head % size or not torch.equal(runs[:, 0] // self.head, runs[:, -1] // self.head)):
+            return False
         starts = runs[:, 0].unique()
         return torch.equal(runs, runs[:, :1] + torch.arange(size)) and bool((starts.diff() >= size).all())
 
@@ -128,7 +133,8 @@ def plan_fold(gm: fx.GraphModule, x: fx.Node, *, readers: Collection[fx.Node] | 
     exact = any(_is_codes(edit.holder.args[edit.position]) for edit in edits)
     linear = root.target is aten.linear.default and not exact
     linear = linear and all(node.target in _MOVES or node.target in _PRODUCTS for node in chain)
-    return Fold(gm, x, root, edits, sources, _concrete(root, {})[-1], exact, linear)
+    heads = [_concrete(node, {})[-1] for node in chain if node.target in _PRODUCTS]
+    return Fold(gm, x, root, edits, sources, _concrete(root, {})[-1], exact, linear, math.gcd(*heads))
 
 
 def columns_of(layer: Layer) -> Edit:

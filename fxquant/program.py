@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxquant.graph import info, type_text
+from fxquant.observations import Observations
 from fxquant.rewrite import Declined, Log, Rewrite, attach, fetch, get_attrs, identity
 from fxquant.signature import Signature
 
@@ -19,7 +20,8 @@ from fxquant.signature import Signature
 class Step:
     """One pass that ran: what it rewrote, what it declined, the graph after it, its time in seconds.
 
-    ``error`` is ||y - y_float|| / ||y_float|| of the first output on the example inputs, None where not measured.
+    ``error`` is ||y - y_float|| / ||y_float|| of the first output on the example inputs, ``nbytes`` what the model's
+    tensors take, codes packed; None where not measured.
     """
 
     name: str
@@ -28,11 +30,12 @@ class Step:
     text: str
     seconds: float
     error: float | None = None
+    nbytes: int | None = None
 
 
 @dataclass
 class Program:
-    """A graph of tensor operators, how to call it, and its history.
+    """A graph of tensor operators, how to call it, its history, and what was seen of its numbers on the way.
 
     ``gm`` takes the signature's inputs in order and returns a tuple of flat outputs; weights are get_attr nodes.
     """
@@ -40,6 +43,7 @@ class Program:
     gm: fx.GraphModule
     signature: Signature
     trace: list[Step] = field(default_factory=list)
+    observations: Observations | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program as the model it was captured from."""
@@ -65,7 +69,7 @@ def copied(program: Program, device: torch.device | None = None) -> Program:
         if device is not None:  # ties stay ties
             value = placed.setdefault(identity(value), value.detach().to(device))
         attach(root, name, value)
-    return Program(fx.GraphModule(root, graph), program.signature, list(program.trace))
+    return Program(fx.GraphModule(root, graph), program.signature, list(program.trace), program.observations)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,17 @@ class Stage:
 
 
 Check = Callable[[fx.GraphModule], None]
-Measure = Callable[[Program], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A Step's ``error`` and ``nbytes``."""
+
+    error: float | None = None
+    nbytes: int | None = None
+
+
+Measure = Callable[[Program], Measured]
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(what, done, total)``; ``total`` 0 means unknown."""
 
@@ -123,8 +137,9 @@ def run(
 
 def record(program: Program, name: str, log: Log, seconds: float, measure: Measure | None = None) -> None:
     """Append a Step for what has just been done to ``program``."""
-    error = measure(program) if measure is not None else None
-    step = Step(name, tuple(log.rewrites), tuple(log.declines), text(program.gm), seconds, error)
+    found = measure(program) if measure is not None else Measured()
+    rewrites, declines = tuple(log.rewrites), tuple(log.declines)
+    step = Step(name, rewrites, declines, text(program.gm), seconds, found.error, found.nbytes)
     program.trace.append(step)
 
 

@@ -15,11 +15,16 @@ from fxquant import scales
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, info, set_info, update_info
 from fxquant.ops import operators as ops
 from fxquant.qtensor import QuantizedTensor
-from fxquant.rewrite import attach, detach, fetch, free_name, get_attr
+from fxquant.rewrite import aten, attach, detach, fetch, free_name, get_attr
 from fxquant.scheme import QuantSpec, parse_spec
 
 PARTS = ("codes", "scale", "zero_point", "tensor_scale", "exponent_bias")
 """The tensors of a quantized weight; the first three are arguments of the operator by position, the others by name."""
+
+_VIEWS = (
+    aten.to.dtype, aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.index.Tensor,
+    aten.index_select.default, ops.with_outliers.default,
+)  # fmt: skip
 
 
 def quantized_weights(gm: fx.GraphModule) -> list[fx.Node]:
@@ -81,6 +86,14 @@ def quantized_of(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
     assert scale is not None
     shape = tuple(node.args[4])  # type: ignore[arg-type]
     return QuantizedTensor(codes, scale, zero, parse_spec(str(node.args[3])), shape, outer, bias)
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The nodes that use a dequantized weight, behind casts, views and selections of it; itself where none does."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += readers(user) if user.target in _VIEWS and user.args[0] is node else [user]
+    return found or [node]
 
 
 def insert_rounding(

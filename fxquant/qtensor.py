@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxquant import packing
+import fxquant.packing as packing  # "from fxquant import" would load the kernels, which import this module
 from fxquant.errors import FormatError, WeightError
 from fxquant.grids import CodebookFormat
 from fxquant.scales import Clip, Ranges, Scales, choose, dequantize, extremes, power_of_two, quantize
@@ -77,18 +77,20 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed codes, the stored scales, the zero points and the scale of scales."""
-        rows, cols = self.codes.shape
-        codes = math.prod(packing.packed_shape((rows, cols), packing.planar(self.spec.format.bits)))
-        scale = self.scale.numel() if self.spec.kind.format is not None else self.scale.nbytes
-        return (
-            codes
-            + scale
-            + sum(t.nbytes for t in (self.zero_point, self.tensor_scale, self.exponent_bias) if t is not None)
-        )
+        own = 0 if self.exponent_bias is None else self.exponent_bias.nbytes
+        return packed_nbytes(self.spec, *self.codes.shape) + own
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real values, of ``shape``, in ``dtype``."""
         return from_matrix(decode(self.codes, self.scales, self.spec, self.exponent_bias, dtype), self.spec, self.shape)
+
+
+def packed_nbytes(spec: QuantSpec, rows: int, cols: int) -> int:
+    """Bytes of a matrix ``[rows, cols]`` quantized as ``spec``: codes, stored scales, zero points, outer scale."""
+    codes = math.prod(packing.packed_shape((rows, cols), packing.planar(spec.format.bits)))
+    count = math.prod(spec.scale_shape(rows, cols))
+    each = (1 if spec.kind.format is not None else spec.scale_dtype.itemsize) + spec.has_zero_point
+    return codes + count * each + 4 * math.prod(spec.outer_shape(rows) or (0,))
 
 
 def decode(codes: Tensor, given: Scales, spec: QuantSpec, exponent_bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -151,7 +151,12 @@ def _loss(trials: Trials, name: str, spec: str, change: Change, weight_error: fl
 
 def float_program(model: nn.Module | ExportedProgram, example_inputs: Any) -> Program:
     """The model captured and normalized, nothing quantized."""
-    return run(capture(model, example_inputs), [Stage(NORMALIZE)], check=verify)
+    return normalized(capture(model, example_inputs))
+
+
+def normalized(program: Program) -> Program:
+    """The captured program with its layers in the spelling that rules are matched against."""
+    return run(program, [Stage(NORMALIZE)], check=verify)
 
 
 def quantized_units(program: Program, rules: Sequence[LayerRule]) -> dict[Unit, LayerRule]:

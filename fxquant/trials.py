@@ -100,6 +100,8 @@ class Trials:
         self.order = {node: i for i, node in enumerate(self.nodes)}
         self.language = isinstance(data, Tensor)
         self.output, name = _output(program)
+        flat: Sequence[Any] = next(n for n in reversed(self.nodes) if n.op == "output").args[0]
+        self.position = [node is self.output for node in flat].index(True)
         self.logits = name == "logits" or (self.language and name != "last_hidden_state")
         self.progress = progress
 
@@ -156,6 +158,14 @@ class Trials:
         """What the trial does, the whole graph computed."""
         return self._try(trial, 0, [{} for _ in self.batches])
 
+    def measured(self, program: Program) -> Change:
+        """What another program of the same signature, a compiled one, does to the outputs."""
+        position = self.position
+        with torch.no_grad():
+            return self._change(
+                [judge(program.gm(*batch)[position]) for judge, batch in zip(self.judges, self.batches, strict=True)]
+            )
+
     def curvature(self, units: Sequence[Unit], *, seed: int = 0) -> dict[Unit, Tensor]:
         """F of every weight, of its shape: a small change dW of one weight alone costs sum F dW^2 in expectation.
 
@@ -201,6 +211,10 @@ class Trials:
                 judge(self._finish(trial, start, batch, dict(own)))
                 for judge, batch, own in zip(self.judges, self.batches, values, strict=True)
             ]
+        return self._change(parts)
+
+    def _change(self, parts: Sequence[tuple[float, float, float]]) -> Change:
+        """The change of all batches from each one's ||y - y_float||^2, sum of KL and sum of -log p."""
         squares, kl, nll = (sum(part[i] for part in parts) for i in range(3))
         tokens, before = sum(judge.tokens for judge in self.judges), sum(judge.nll for judge in self.judges)
         return Change(

@@ -28,7 +28,8 @@ from torch.nn.utils import parametrize
 
 import fxquant
 from fxquant.codegen import cpu
-from fxquant.codegen.onnx_check import check_onnx, compared, made_up
+from fxquant.codegen.onnx_check import check_onnx, compared
+from fxquant.draw import made_up
 from fxquant.eager import evaluating, run_model
 from fxquant.examples import example_inputs
 from fxquant.graph import info

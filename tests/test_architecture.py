@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 CORE = (
     "errors", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops",
     "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature",
-    "program", "ops", "qdq", "producers", "calibrate", "gradients", "blocks", "verify", "eager", "sizes", "symbolic",
+    "observations", "program", "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients",
+    "blocks", "verify", "eager", "sizes", "symbolic",
     "flatten", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
@@ -34,10 +35,13 @@ MAY_IMPORT = {
 GROUP_OF = {
     "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
-    "methods": "config", "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline",
-    "allocation": "pipeline", "kernels": "pipeline",
+    "methods": "config", "recipes": "config", "grammar": "config", "places": "config", "config_schema": "config",
+    "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline", "allocation": "pipeline",
+    "candidates": "pipeline", "recommend": "pipeline", "cli_recommend": "top", "kernels": "pipeline",
+    "observed": "store", "comparison": "pipeline", "counterparts": "pipeline", "deviations": "pipeline",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
-    "cli_kernels": "top", "cli_onnx": "top", "cli_options": "top", "demo": "top",
+    "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top",
+    "cli_config": "top", "cli_options": "top", "demo": "top",
 }  # fmt: skip
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf"}
 

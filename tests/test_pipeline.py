@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import Conv1D, Convolutions, Experts, Tied, mlp
-from torch import nn
+from torch import fx, nn
 
 import fxquant
 from fxquant.errors import CaptureError, ConfigError, InputError, SaveError, WeightError
+from fxquant.program import Pass
+from fxquant.rewrite import Call, Decline, Match, Rule, Var, apply_rules, aten
 
 X = torch.randn(4, 20)
 
@@ -85,6 +87,21 @@ def test_trace_tells_every_pass_its_error_and_time() -> None:
     assert trace[2].error == trace[-1].error
     assert 0 < trace[2].error < 0.2
     assert all(s.seconds >= 0 and s.text for s in trace)
+
+
+def test_passes_of_ones_own_run_first_and_are_in_the_trace(tmp_path: Path) -> None:
+    def relu_away(match: Match) -> fx.Node | Decline:
+        return match["x"]  # type: ignore[no-any-return]
+
+    rules = (Rule(Call(aten.relu.default, Var("x")), relu_away),)
+    own = Pass("relu_away", "no ReLU", lambda program, settings: apply_rules(program.gm, rules))
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(3, 16)
+    q = fxquant.compile(model, (x,), "W8A16-FP8", passes=[own])
+    assert [step.name for step in q.program.trace][1:4] == ["normalize", "relu_away", "insert_qdq"]
+    without = fxquant.compile(nn.Sequential(model[0], model[2]), (x,), "W8A16-FP8")
+    assert torch.equal(q(x), without(x))
+    q.save(tmp_path / "out")
+    assert torch.equal(fxquant.load(tmp_path / "out")(x), q(x))
 
 
 def test_summary_counts_bytes() -> None:

@@ -353,6 +353,9 @@ def test_what_cannot_be_mixed() -> None:
     x = torch.randn(2, 5, 16, generator=G)
     program = program_of(Block(), x)
     assert not folded(program, "o").can_mix(8)  # a run over two heads that share one
+    own = program_of(Block(kv=4), x)
+    assert not folded(own, "o").can_mix(8)  # two heads, each with probabilities of its own
+    assert folded(own, "o").can_mix(4)
     assert not folded(program, "o").can_mix(3)
     assert not folded(program, "down").can_mix(2)  # every channel has a gate of its own
     assert not folded(program, "q").can_mix(2)

@@ -22,8 +22,9 @@ from fxquant.layers import Layer, find_layers
 from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Program, Step, target_name
-from fxquant.qdq import rounding_spec
-from fxquant.rewrite import aten, get_attrs, identity, tensors
+from fxquant.qdq import readers, rounding_spec
+from fxquant.rewrite import get_attrs, identity, tensors
+from fxquant.show import notebook
 from fxquant.show.units import percent, seconds, size, table
 
 _LAYER_OPS: dict[Any, str] = {
@@ -33,10 +34,6 @@ _LAYER_OPS: dict[Any, str] = {
 }
 _DEQUANTIZE = (ops.dequantize.default, ops.dequantize_packed.default)
 _STORED = ("codes", "packed", "scale", "zero_point", "tensor_scale", "exponent_bias", "index", "values")
-_VIEWS = (
-    aten.to.dtype, aten.t.default, aten.transpose.int, aten.permute.default, aten.contiguous.default, aten.index.Tensor,
-    aten.index_select.default, ops.with_outliers.default,
-)  # fmt: skip
 _TYPES = {"linear": "linear", "embedding": "embedding", "conv1d": "conv", "conv2d": "conv", "conv3d": "conv"}
 
 
@@ -85,6 +82,7 @@ class StepSummary:
     declines: int
     nodes: int
     error: float | None
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +136,16 @@ class Summary:
     def __str__(self) -> str:
         return "\n".join(_render(self))
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what ``str`` says, with tables."""
+        totals = _totals_text(self)
+        tables = [part for title, rows in _tables(self) for part in (notebook.lines(title), notebook.table(rows))]
+        return notebook.page("fxquant compiled model", notebook.lines(*totals), *tables)
+
 
 def summarize(program: Program) -> Summary:
     """The summary of ``program`` at any stage: captured, in QDQ form, lowered, or loaded from disk."""
-    uses = list(_weight_uses(program.gm))
+    uses = list(weight_uses(program.gm))
     before, after = _totals(program.gm, uses)
     stored = {use.stored[0]: use for use in uses}
     return Summary(
@@ -158,11 +162,17 @@ def summarize(program: Program) -> Summary:
         ),
         tuple(
             StepSummary(
-                label, s.name, s.seconds, len(s.rewrites), len(s.declines), len(s.text.splitlines()), s.error
+                label, s.name, s.seconds, len(s.rewrites), len(s.declines), len(s.text.splitlines()), s.error,
+                s.nbytes,
             )
             for label, s in labelled(program.trace)
         ),
     )  # fmt: skip
+
+
+def model_bytes(gm: fx.GraphModule) -> int:
+    """Bytes of all tensors of a graph, quantized weights as they pack."""
+    return _totals(gm, list(weight_uses(gm)))[1]
 
 
 def labelled(trace: list[Step]) -> list[tuple[str, Step]]:
@@ -177,10 +187,12 @@ def labelled(trace: list[Step]) -> list[tuple[str, Step]]:
 
 # --- quantized weights in the graph ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Use:
-    """A quantized weight and a layer that takes it. ``stored``: names of its codes, scale and zero point."""
+class Use:
+    """A quantized weight and a layer that takes it. ``stored``: names of its codes, scale and zero point; ``node``: the
+    operator that reads them."""
 
     layer: fx.Node
+    node: fx.Node
     type: str
     quant: WeightQuant
     stored: tuple[str, ...]
@@ -191,21 +203,22 @@ class _Use:
         return math.prod(self.shape)
 
 
-def _weight_uses(gm: fx.GraphModule) -> Iterator[_Use]:
+def weight_uses(gm: fx.GraphModule) -> Iterator[Use]:
     for node in gm.graph.nodes:
         quant = info(node).weight
         if quant is None or (node.target not in _LAYER_OPS and node.target not in _DEQUANTIZE):
             continue
-        named, stored = _named(node), _stored(node)
+        named, stored = named_arguments(node), _stored(node)
         for user in node.users:
             if user.target is ops.with_outliers.default:
                 stored += _stored(user)
         shape = tuple(int(n) for n in named["shape"])
-        for layer in [node] if node.target in _LAYER_OPS else _consumers(node):
-            yield _Use(layer, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
+        for layer in [node] if node.target in _LAYER_OPS else readers(node):
+            yield Use(layer, node, _LAYER_OPS.get(layer.target) or _type_of(layer), quant, stored, shape)
 
 
-def _named(node: fx.Node) -> dict[str, Any]:
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator by name."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
     return dict(zip(names, node.args, strict=False)) | node.kwargs
 
@@ -213,24 +226,16 @@ def _named(node: fx.Node) -> dict[str, Any]:
 def _stored(node: fx.Node) -> tuple[str, ...]:
     """Names of the tensors that one of our operators reads, those behind quantized outliers included."""
     found: tuple[str, ...] = ()
-    for part in (v for k, v in _named(node).items() if k in _STORED and isinstance(v, fx.Node)):
+    for part in (v for k, v in named_arguments(node).items() if k in _STORED and isinstance(v, fx.Node)):
         found += (str(part.target),) if part.op == "get_attr" else _stored(part)
     return found
-
-
-def _consumers(node: fx.Node) -> list[fx.Node]:
-    """The nodes that use a dequantized weight, behind casts, views and selections of it."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        found += _consumers(user) if user.target in _VIEWS and user.args[0] is node else [user]
-    return found or [node]
 
 
 def _type_of(node: fx.Node) -> str:
     return _TYPES.get(target_name(node.target).split(".")[1], "matmul")
 
 
-def _totals(gm: fx.GraphModule, uses: list[_Use]) -> tuple[int, int]:
+def _totals(gm: fx.GraphModule, uses: list[Use]) -> tuple[int, int]:
     """Bytes of the whole model before and after: quantized weights as packed, a float weight only if still read."""
     present, stored = tensors(gm), {name for use in uses for name in use.stored}
     floats = {identity(present[u.quant.weight]) for u in uses if u.quant.weight in present}
@@ -244,7 +249,7 @@ def _totals(gm: fx.GraphModule, uses: list[_Use]) -> tuple[int, int]:
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
-def _layers(program: Program, uses: list[_Use]) -> Iterator[LayerSummary]:
+def _layers(program: Program, uses: list[Use]) -> Iterator[LayerSummary]:
     """Quantized layers and those in float, in graph order."""
     found: dict[fx.Node, LayerSummary] = {}
     first: dict[str, str] = {}
@@ -262,7 +267,7 @@ def _layers(program: Program, uses: list[_Use]) -> Iterator[LayerSummary]:
     return (found[node] for node in sorted(found, key=order.__getitem__))
 
 
-def _quantized(use: _Use, name: str, tied_to: str | None) -> LayerSummary:
+def _quantized(use: Use, name: str, tied_to: str | None) -> LayerSummary:
     quant, about = use.quant, info(use.layer)
     return LayerSummary(
         name, use.layer.name, use.type, about.module, quant.weight, use.shape, quant.spec.format.bits,
@@ -289,6 +294,21 @@ def _activation(layer: fx.Node) -> str | None:
 
 # --- text ------------------------------------------------------------------------------------------------------------
 def _render(s: Summary) -> Iterator[str]:
+    yield from _totals_text(s)
+    for title, rows in _tables(s):
+        yield ""
+        yield title
+        yield from (f"  {row}" for row in table(rows))
+
+
+def _tables(s: Summary) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Titles and rows, those without a row besides the head left out."""
+    for title, rows in (("formats", _formats(s)), ("in float", _float_rows(s)), ("passes", _step_rows(s))):
+        if len(rows) > 1:
+            yield title, rows
+
+
+def _totals_text(s: Summary) -> Iterator[str]:
     quantized = s.quantized
     yield f"model    {size(s.bytes_before)} -> {size(s.bytes_after)} ({ratio(s.bytes_before, s.bytes_after)})"
     if s.bytes_per_weight is not None:
@@ -302,11 +322,6 @@ def _render(s: Summary) -> Iterator[str]:
     yield f"layers   {len(quantized) - factors} of {len(s.layers) - factors} quantized{added}"
     if s.error is not None:
         yield f"error    {percent(s.error)} of the first output, on the example inputs"
-    for title, rows in (("formats", _formats(s)), ("in float", _float_rows(s)), ("passes", _step_rows(s))):
-        if len(rows) > 1:
-            yield ""
-            yield title
-            yield from (f"  {row}" for row in table(rows))
 
 
 def ratio(before: int, after: int) -> str:

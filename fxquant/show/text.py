@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from fxquant.errors import ConfigError, near
 from fxquant.graph import dtype_name
 from fxquant.grids import FloatFormat, IntFormat
 from fxquant.program import Program, Step
 from fxquant.scheme import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, parse_spec
+from fxquant.show.advice import advice
 from fxquant.show.compare import Difference, compare
+from fxquant.show.facts import comparison_facts, graph_facts, weight_facts
+from fxquant.show.numerics import Comparison
 from fxquant.show.summary import LayerSummary, labelled, ratio, summarize
 from fxquant.show.units import percent, plural, seconds, size, table
 
@@ -64,8 +67,9 @@ def _find(steps: list[tuple[str, Step]], name: str) -> int:
 
 
 # --- explain ---------------------------------------------------------------------------------------------------------
-def explain(program: Program, layer: str) -> str:
-    """A layer's story: what became of it, and every rewrite and decline that touched it, in pass order.
+def explain(program: Program, layer: str, comparison: Comparison | None = None) -> str:
+    """A layer's story: its format and how well it is used, its place in the graph, its error in ``comparison`` where
+    there is one, and every rewrite and decline that touched it, in pass order, with what to do about a decline.
 
     ``layer`` is a layer's name, or a glob that lists several when it matches more than one. ConfigError names the
     nearest layers where nothing matches.
@@ -74,7 +78,12 @@ def explain(program: Program, layer: str) -> str:
     if len({q.name for q in chosen}) > 1:
         return _listing(layer, chosen)
     stories = Stories(program)
-    return "\n\n".join(stories.tell(q) for q in chosen)
+    return "\n\n".join(stories.tell(q, _more_facts(program, q, comparison)) for q in chosen)
+
+
+def _more_facts(program: Program, layer: LayerSummary, comparison: Comparison | None) -> list[tuple[str, str]]:
+    compared = [] if comparison is None else comparison_facts(comparison, layer)
+    return [*weight_facts(program, layer), *graph_facts(program, layer), *compared]
 
 
 def find(program: Program, layer: str) -> list[LayerSummary]:
@@ -113,9 +122,9 @@ class Stories:
         self.lines = [_index(step.text) for _, step in self.steps]
         self.events = [_events(step) for _, step in self.steps]
 
-    def tell(self, layer: LayerSummary) -> str:
-        """What ``explain`` says about one layer."""
-        return "\n".join([*_facts(layer), "", *self._passes(layer)])
+    def tell(self, layer: LayerSummary, more: Sequence[tuple[str, str]] = ()) -> str:
+        """What ``explain`` says about one layer; ``more``: rows of facts besides those of the summary."""
+        return "\n".join([*_facts(layer, more), "", *self._passes(layer)])
 
     def _passes(self, layer: LayerSummary) -> Iterator[str]:
         before: list[str] = []
@@ -163,15 +172,21 @@ def _events(step: Step) -> dict[str, list[str]]:
     for node, layer, text in told:
         for key in {node, layer}:
             found.setdefault(key, []).append(text)
+    for d in step.declines:
+        if (what := advice(d.reason)) is not None:
+            for key in {d.node, d.layer}:
+                found[key].append(f"  to do: {what}")
     return found
 
 
-def _facts(layer: LayerSummary) -> Iterator[str]:
+def _facts(layer: LayerSummary, more: Sequence[tuple[str, str]] = ()) -> Iterator[str]:
     rows = [("layer", f"{layer.type}{f' ({layer.module})' if layer.module else ''}, node %{layer.node}")]
     rows.append(("weight", f"{layer.weight} [{', '.join(map(str, layer.shape))}]"))
     if layer.spec is None:
         rows += [("format", f"float, {layer.bits} bits"), ("size", size(layer.bytes_after))]
         rows.append(("why", layer.reason or ""))
+        if (what := advice(layer.reason or "")) is not None:
+            rows.append(("to do", what))
     else:
         rows += [("format", f"{layer.spec}: {describe_spec(layer.spec)}"), ("method", layer.method or "")]
         change = f"{size(layer.bytes_before)} -> {size(layer.bytes_after)}"
@@ -185,7 +200,7 @@ def _facts(layer: LayerSummary) -> Iterator[str]:
     if layer.source:
         rows.append(("source", layer.source))
     yield layer.name
-    yield from (f"  {line}" for line in table([("", ""), *rows])[1:])
+    yield from (f"  {line}" for line in table([("", ""), *rows, *more])[1:])
 
 
 def describe_spec(text: str) -> str:

@@ -1,0 +1,220 @@
+"""observe: look at a program in QDQ form, where float weights and codes are both there, and say what was seen.
+
+The graph is run once on the example inputs, node by node, and of every weight some rows are kept, evenly spaced. Rows
+of all weights with equally many columns are rounded to each candidate together: a row has scales of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant import packing
+from fxquant.calibrate import columns, constants, why_not
+from fxquant.graph import info
+from fxquant.observations import Candidate, Histogram, LayerObservation, Observations, histogram
+from fxquant.ops import ROUNDINGS
+from fxquant.ops import operators as ops
+from fxquant.program import Program
+from fxquant.qdq import float_weight, quant_of, quantized_of, quantized_weights, readers, rounding_spec
+from fxquant.qtensor import QuantizedTensor, quantize_tensor, to_matrix
+from fxquant.scales import power_of_two, spread
+from fxquant.scheme import PerChannel, PerGroup, QuantSpec, parse_spec
+
+ROWS = 32
+"""Rows of a weight that are looked at."""
+VALUES = 1 << 16
+"""Values of an input that its histogram is made of."""
+CANDIDATES = (
+    "int3/group64", "int4/channel", "int4/group64", "int8/channel", "nf4/group64", "e2m1/channel", "e2m1/group64",
+    "e2m1/group32:e8m0", "e2m2/channel", "e2m2/group64", "e2m3/channel", "e3m2/channel", "e3m2/group64", "e4m3/channel",
+)  # fmt: skip
+"""Specs that every weight is rounded to, to compare: scales of rows and groups only."""
+
+
+def observe(program: Program, inputs: Sequence[Any] | None, *, described: str = "the example inputs") -> Observations:
+    """Histograms, errors and candidates of every quantized layer of ``program``, which is in QDQ form.
+
+    ``inputs``: what the graph takes, in its order; None looks at weights only. The program is not changed.
+    """
+    watch = _Watch(program.gm, inputs is not None)
+    with torch.no_grad():
+        watch.run(*(inputs if inputs is not None else [None] * len(program.signature.inputs)))
+        found = list(watch.seen.values())
+        candidates = _candidates(found)
+        layers = tuple(seen.told(candidates[i]) for i, seen in enumerate(found))
+    return Observations(layers, ROWS, described if inputs is not None else "")
+
+
+@dataclass
+class _Seen:
+    """Sampled rows of a weight, float and as it became, with the mean squares of its input's columns."""
+
+    name: str
+    spec: QuantSpec
+    W: Tensor
+    got: Tensor
+    weight: Histogram
+    scale: Histogram
+    rows: int
+    channels: Tensor | None = None
+    input: Histogram | None = None
+    moments: Tensor | None = None
+    exponents: Tensor | None = field(default=None)
+
+    @property
+    def importance(self) -> Tensor:
+        """m_j: of ones where no input is known."""
+        return self.moments if self.moments is not None else torch.ones(self.W.shape[1])
+
+    def told(self, candidates: tuple[Candidate, ...]) -> LayerObservation:
+        error = relative(self.W, self.got, self.importance)
+        return LayerObservation(self.name, self.weight, self.scale, self.input, error, candidates)
+
+
+def relative(W: Tensor, got: Tensor, importance: Tensor) -> float:
+    """The error of ``LayerObservation``."""
+    whole = float((W.square() * importance).sum(dtype=torch.float64))
+    lost = float(((got - W).square() * importance).sum(dtype=torch.float64))
+    return math.sqrt(lost / whole) if whole > 0 else 0.0
+
+
+class _Watch(fx.Interpreter):
+    """Runs a graph, and looks at its weights and at what their layers are given. ``runs``: there are inputs."""
+
+    def __init__(self, gm: fx.GraphModule, runs: bool) -> None:
+        super().__init__(gm)
+        self.gm, self.runs = gm, runs
+        self.constants = constants(gm.graph)
+        self.seen: dict[str, _Seen] = {}
+        self.readers: dict[fx.Node, str] = {}
+        self.weights: dict[fx.Node, tuple[fx.Node, QuantizedTensor]] = {}
+        self.factors: dict[fx.Node, str] = {}
+        self.first: dict[str, Tensor] = {}
+        for node in quantized_weights(gm):
+            outer = next((u for u in node.users if u.target is ops.with_outliers.default), node)
+            if quant_of(node).part_of:
+                self.factors[outer] = quant_of(node).part_of
+                continue
+            self.weights[outer] = node, quantized_of(gm, node)
+            for reader in readers(node):
+                self.readers.setdefault(reader, quant_of(node).weight)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not self.runs and n not in self.constants:
+            return None
+        if n in self.readers and self.runs:
+            self._see_input(n, self.readers[n])
+        value = super().run_node(n)
+        if n in self.weights:
+            self._see_weight(*self.weights[n], value)
+        elif n in self.factors:
+            self._see_factor(self.factors[n], value)
+        return value
+
+    def _see_weight(self, node: fx.Node, q: QuantizedTensor, value: Tensor) -> None:
+        quant, rows = quant_of(node), q.codes.shape[0]
+        if quant.weight in self.seen:
+            return
+        some = torch.linspace(0, rows - 1, min(rows, ROWS), device=value.device).long()
+        W, got = (_matrix(x, q)[some].float().cpu() for x in (float_weight(self.gm, node), value))
+        if q.exponent_bias is not None:  # folded: the weight is that of an input 2^bias times as large
+            got = got * power_of_two(q.exponent_bias.int().cpu())
+        seen = _Seen(
+            _name(node), quant.spec, W, got, _in_units(W, q, some), histogram(q.scales.effective.log2(), unit="log2"),
+            rows, channels=some.cpu(), exponents=q.exponent_bias,
+        )  # fmt: skip
+        self.seen[quant.weight] = seen
+
+    def _see_factor(self, weight: str, value: Tensor) -> None:
+        """V ``[rank, in]`` comes before U ``[out, rank]``; W' is what the codes say and U V."""
+        V = self.first.pop(weight, None)
+        if V is None:
+            self.first[weight] = value
+        elif (seen := self.seen.get(weight)) is not None and seen.channels is not None:
+            seen.got = seen.got + (value[seen.channels.to(value.device)].float() @ V.float()).cpu()
+
+    def _see_input(self, layer: fx.Node, weight: str) -> None:
+        seen, source = self.seen.get(weight), layer.args[0]
+        if seen is None or seen.input is not None or why_not(layer) is not None or not isinstance(source, fx.Node):
+            return
+        x = self.env[source]
+        square = columns(layer, x).float().square().mean(dim=0).cpu()
+        if square.shape[0] == seen.W.shape[1] and bool(square.isfinite().all()):
+            bias = seen.exponents
+            seen.moments = square if bias is None else square * power_of_two(-2 * bias.int().cpu())
+        seen.input = _of_input(source, x)
+
+
+def _name(node: fx.Node) -> str:
+    return next((info(reader).path for reader in readers(node)), "") or quant_of(node).weight
+
+
+def _matrix(x: Tensor, q: QuantizedTensor) -> Tensor:
+    """A weight as the rows and columns of its codes."""
+    along = isinstance(q.spec.granularity, PerChannel) and q.spec.granularity.axis
+    return to_matrix(x, q.spec) if along else x.reshape(q.codes.shape)
+
+
+def _in_units(W: Tensor, q: QuantizedTensor, some: Tensor) -> Histogram:
+    """Float weights divided by their scales, between the ends of the grid."""
+    block, shape = q.spec.block(*q.codes.shape), q.codes.shape
+    scale = spread(q.scales.effective, block, shape)
+    units = W / (scale[some] if scale.shape[0] > 1 else scale).float().cpu()
+    if q.zero_point is not None:
+        zero = spread(q.zero_point, block, shape)
+        units = units + (zero[some] if zero.shape[0] > 1 else zero).float().cpu()
+    low, high = grid_ends(q.spec)
+    return histogram(units, low, high, unit="scale")
+
+
+def grid_ends(spec: QuantSpec) -> tuple[float, float]:
+    """The lowest and the highest value of the format."""
+    table = spec.format.table().float()
+    table = table[table.isfinite()]
+    return float(table.min()), float(table.max())
+
+
+def _of_input(source: fx.Node, x: Tensor) -> Histogram:
+    """The input before it is rounded; in units of each token's scale where it is rounded a token."""
+    flat = x.reshape(-1, x.shape[-1] if x.dim() else 1).float()
+    keep = max(1, VALUES // flat.shape[-1])
+    flat = flat[:: max(1, flat.shape[0] // keep)]
+    if source.target in ROUNDINGS and (spec := rounding_spec(source)).dynamic:
+        low, high = grid_ends(spec)
+        return histogram(flat / (flat.abs().amax(dim=1, keepdim=True) / high).clamp_min(1e-30), low, high, unit="scale")
+    return histogram(flat)
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+def _candidates(found: Sequence[_Seen]) -> list[tuple[Candidate, ...]]:
+    """For each weight what every candidate would lose and take, in the order of ``CANDIDATES``."""
+    result: list[list[Candidate]] = [[] for _ in found]
+    for cols in dict.fromkeys(seen.W.shape[1] for seen in found):
+        members = [i for i, seen in enumerate(found) if seen.W.shape[1] == cols]
+        stacked = torch.cat([found[i].W for i in members])
+        for text in CANDIDATES:
+            spec = parse_spec(text)
+            rounded = quantize_tensor(stacked, spec).dequantize()
+            at = 0
+            for i in members:
+                W, some = found[i].W, slice(at, at + len(found[i].W))
+                at += len(W)
+                error = relative(W, rounded[some], found[i].importance)
+                result[i].append(Candidate(text, error, packed_bytes(spec, found[i].rows, cols)))
+    return [tuple(candidates) for candidates in result]
+
+
+def packed_bytes(spec: QuantSpec, rows: int, cols: int) -> int:
+    """``QuantizedTensor.nbytes`` of a matrix of this size, for scales of rows and groups."""
+    assert isinstance(spec.granularity, (PerChannel, PerGroup))
+    codes = math.prod(packing.packed_shape((rows, cols), packing.planar(spec.format.bits)))
+    blocks = math.prod(spec.scale_shape(rows, cols))
+    each = 1 if spec.kind.format is not None else spec.scale_dtype.itemsize
+    outer = spec.outer_shape(rows)
+    return codes + blocks * (each + int(spec.has_zero_point)) + (4 * math.prod(outer) if outer else 0)
