@@ -212,7 +212,7 @@ def _cells(architecture: Architecture, found: Sequence[Measured]) -> list[str]:
     layers = f"{first.quantized} of {first.layers}" if first.layers else "does not compile"
     onnx = _worst(m.onnx_error for m in found) if all(m.onnx_ok for m in found) else "no"
     torch_ = _worst(m.torch_error for m in found) if first.layers else ""
-    name = architecture.name + (" [^](#reasons)" if not all(m.ok for m in found) else "")
+    name = architecture.name + (" ([why](#reasons))" if not all(m.ok for m in found) else "")
     return [name, f"`{architecture.model}`", layers, first.sizes, second.recipe, torch_, onnx]
 
 

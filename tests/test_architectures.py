@@ -56,6 +56,6 @@ def test_the_page_is_of_these_rows() -> None:
     lines = {cells[1].strip(): cells for line in architectures.PAGE.read_text().splitlines()
              if len(cells := line.split("|")) > 5}  # fmt: skip
     for row in ROWS:
-        name = row.name + (" [^](#reasons)" if row.declines else "")
+        name = row.name + (" ([why](#reasons))" if row.declines else "")
         assert name in lines, f"{name}: run python tests/architectures.py --write"
         assert f"`{row.model}`" in lines[name][2]
