@@ -46,7 +46,7 @@ BY_TURNS = (
 """Recipes of weights alone: the second one of each row."""
 TORCH_BOUND = 1e-5
 """How far a row of an output may be from the module with dequantized weights, relative to its norm."""
-VISIBLE = 1e-3
+VISIBLE = 1e-4
 """How much quantization changes an output at least: outputs that do not depend on the weights would show nothing."""
 SECONDS = 600
 
@@ -229,8 +229,9 @@ def _reasons(found: Sequence[Measured]) -> str:
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-def both(architecture: Architecture) -> list[Measured]:
-    """Both recipes of one row."""
+def both(name: str) -> list[Measured]:
+    """Both recipes of the row of that name: a row itself need not be one that another process can be given."""
+    architecture = next(a for a in ROWS if a.name == name)
     with tempfile.TemporaryDirectory() as folder:
         recipes = (FIRST, second_recipe(architecture))
         return [measure(architecture, recipe, Path(folder) / recipe) for recipe in recipes]
@@ -243,7 +244,7 @@ def each(chosen: Sequence[Architecture], jobs: int) -> Iterator[list[Measured]]:
     """
     torch.set_num_threads(1)  # so that processes can be forked
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
-        started = [(a, pool.apply_async(both, (a,))) for a in chosen]
+        started = [(a, pool.apply_async(both, (a.name,))) for a in chosen]
         for a, result in started:
             try:
                 yield result.get(SECONDS)
