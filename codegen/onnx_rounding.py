@@ -141,7 +141,10 @@ def _e4m3_scales(f: Body, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     absmax = f.op("ReduceMax", f.op("Abs", x), f.axes(-1), keepdims=1, dtype=T.FLOAT)
     ideal = f.op("Div", absmax, f.const(f.format.max, T.FLOAT), dtype=T.FLOAT)
     largest = f.op("ReduceMax", ideal, keepdims=0, dtype=T.FLOAT)
-    outer = _or_one(f, f.op("Div", largest, f.const(grid.max, T.FLOAT)), largest)
+    outer = f.op("Div", largest, f.const(grid.max, T.FLOAT), dtype=T.FLOAT)
+    if f.operator.rounding == "ceil":
+        outer = _power(f, outer, largest, "ceil", 1.0, format=f.format)
+    outer = _or_one(f, outer, largest)
     ratio = f.op("Clip", f.op("Div", ideal, outer), f.const(2.0**-6, T.FLOAT), f.const(grid.max, T.FLOAT))
     return rounded(f, ratio, grid), outer
 

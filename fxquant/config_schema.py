@@ -15,7 +15,6 @@ from fxquant.config import Config, RuleConfig, WeightConfig, check_activation_sp
 from fxquant.methods import METHODS, MethodOptions, check_cache_spec, check_operand_spec
 from fxquant.scheme import LAYER_TYPES, SCALES
 
-ID = "fxquant-config"
 NAME = "config.schema.json"
 """What ``fxquant config init --with-schema`` calls the file."""
 
@@ -26,7 +25,6 @@ def config_schema() -> Schema:
     """The schema as plain data for ``json.dumps``."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": ID,
         "title": "fxquant config",
         "description": "Which layers of a model become what, and the methods that are run.",
         "type": "object",

@@ -54,8 +54,7 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON."""
-        plain = {key: value for key, value in self.__dict__.items() if key != "config"}
-        plain = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in plain.items()}
+        plain = {key: _plain(value) for key, value in self.__dict__.items() if key != "config"}
         return {**plain, "methods": list(self.methods), "config": self.config.to_dict()}
 
 
@@ -83,7 +82,7 @@ class Recommendation:
         """The same as plain values for JSON."""
         return {
             "goal": self.goal, "reason": self.reason, "measure": self.measure, "best": self.best.to_dict(),
-            "float_nbytes": self.float_nbytes, "float_perplexity": self.float_perplexity,
+            "float_nbytes": self.float_nbytes, "float_perplexity": _plain(self.float_perplexity),
             "predicted": self.predicted, "measured": [each.to_dict() for each in self.measured],
         }  # fmt: skip
 
@@ -91,8 +90,13 @@ class Recommendation:
         return "\n".join([*rows(self.measured, self.float_nbytes, self.float_perplexity, self.best), "", self.reason])
 
 
+def _plain(value: Any) -> Any:
+    """What JSON has: a figure that is not finite is None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def rows(
-    measured: Iterable[Measured], float_nbytes: int = 0, float_perplexity: float | None = None,
+    measured: Sequence[Measured], float_nbytes: int = 0, float_perplexity: float | None = None,
     best: Measured | None = None,
 ) -> list[str]:  # fmt: skip
     """A table of what was measured: ``*`` marks the Pareto front, ``>`` what is recommended."""

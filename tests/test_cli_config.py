@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +111,12 @@ def test_the_sizes_of_alternatives_are_those_of_compiled_models(folders: dict[st
 
 
 def test_no_weight_is_read(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Weights that cannot be read do not matter, and the time is that of an export."""
+    """Weights that cannot be read do not matter."""
     folder = tmp_path / "broken"
     folder.mkdir()
     (folder / "config.json").write_bytes((folders["tied"] / "config.json").read_bytes())
     (folder / "model.safetensors").write_bytes(b"nothing")
-    begin = time.perf_counter()
-    assert len(outline(folder).layers) == len(outline(folders["tied"]).layers)
-    assert time.perf_counter() - begin < 60
+    assert len(outline(folder).layers) == len(outline(folders["tied"]).layers) == 16
 
 
 def _in_memory(model: nn.Module, inputs: Any) -> Outline:

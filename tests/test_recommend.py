@@ -60,7 +60,9 @@ def test_sizes_are_those_of_the_compiled_model(small: tuple[Space, nn.Module, An
 FEW_CONFIG = {"rules": [{"match": "*", "weight": "e3m2"}]}
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "untied", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["mlp", "conv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("untied", "gpt2"))]
+)
 def test_configs_say_what_the_choice_is(kind: str) -> None:
     torch.manual_seed(0)
     tokens = {"input_ids": torch.randint(0, 64, (2, 8))}
