@@ -221,21 +221,25 @@ def write_back(model: nn.Module, program: Program) -> None:
     Raises CaptureError, before any change, for a weight that is no parameter of the model or is packed in two ways,
     ConfigError for rounded inputs of anything but quantized linears, which modules cannot hold.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = weights_of(model)
     nodes, factors = _packed_nodes(program), _factors(program)
-    computed = {n: parts for n in nodes if n not in parameters and (parts := _parametrization(model, n)) is not None}
-    if missing := [name for name in nodes if name not in parameters and name not in computed]:
+    if missing := [name for name in nodes if name not in parameters]:
         raise CaptureError(f"the compiled weights {missing[:3]} are not parameters of {type(model).__name__}")
     roundings = _roundings(model, program, nodes)
     for name, node in nodes.items():
-        if name in computed:
-            dtype = next(computed[name].parameters()).dtype
-            _replace_computed(computed[name], _packed_weight(program, node, dtype, factors.get(name)))
-            continue
         original = parameters[name]
         weight = _packed_weight(program, node, original.dtype, factors.get(name))
         for other in [n for n, p in parameters.items() if p is original]:  # a tie has several names
             replace(model, other, weight, original, roundings.get(name))
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by all of their names, and the weights that are computed from others, by weight_norm say."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf in getattr(module, "parametrizations", ()):
+            found.setdefault(f"{path}.{leaf}".lstrip("."), getattr(module, leaf))
+    return found
 
 
 def _packed_nodes(program: Program) -> dict[str, fx.Node]:
@@ -328,7 +332,8 @@ def replace(
     if new is not None:
         model.set_submodule(path, new)
         return
-    if parametrize.is_parametrized(module, leaf):  # a module that has two paths
+    if parametrize.is_parametrized(module, leaf):  # by weight_norm, say; or replaced already, by another path
+        _replace_computed(module.parametrizations[leaf], weight)  # type: ignore[index]
         return
     if weight is None:
         delattr(module, leaf)
@@ -340,15 +345,10 @@ def replace(
     table.register_buffer("original", original.new_empty(0), persistent=False)
 
 
-def _parametrization(model: nn.Module, name: str) -> parametrize.ParametrizationList | None:
-    """What computes a weight that a module has no parameter of: weight_norm, say."""
-    path, _, leaf = name.rpartition(".")
-    module = dict(model.named_modules()).get(path)
-    return module.parametrizations[leaf] if parametrize.is_parametrized(module, leaf) else None  # type: ignore
-
-
-def _replace_computed(parts: parametrize.ParametrizationList, weight: PackedWeight) -> None:
+def _replace_computed(parts: Any, weight: PackedWeight | None) -> None:
     """Have ``parts`` decode its weight; what it was computed from goes. The class of the module stays, for copies."""
+    if weight is None or isinstance(parts[0], DecodedParameter):
+        return
     for name, original in list(parts.named_parameters()):
         delattr(parts, name)
         parts.register_buffer(name, original.new_empty(0), persistent=False)
