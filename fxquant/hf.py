@@ -21,7 +21,7 @@ from fxquant.kv_cache import with_cache
 from fxquant.model_card import model_card, write_card
 
 try:
-    from fxquant.hf_quantizer import FxquantConfig, FxquantHfQuantizer
+    from fxquant.hf_quantizer import FxquantConfig, FxquantHfQuantizer, whole
 except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
@@ -33,9 +33,11 @@ __all__ = ["FxquantConfig", "FxquantHfQuantizer", "LoadedModel", "load_model", "
 def save(model: Any, folder: str | Path, *, tokenizer: Any | None = None, base_model: str | None = None) -> None:
     """``model.save_pretrained(folder)``, the tokenizer beside it, and a README.md (``model_card``) if there is none.
 
-    ``base_model`` is the float model's name on the hub. ModelError where no weight of the model is packed, SaveError
-    for what cannot be written.
+    ``base_model`` is the float model's name on the hub. Where ``quantize_`` was given a part of the model, such as the
+    language model in one that also sees, the whole is saved. ModelError where no weight of the model is packed,
+    SaveError for what cannot be written.
     """
+    whole(model)
     card, target = model_card(model, base_model=base_model), Path(folder)
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file; give a folder")

@@ -185,8 +185,7 @@ def attach(model: nn.Module, config: FxquantConfig | Config) -> None:
     """Have transformers know that ``model`` is on packed weights, so that ``model.save_pretrained`` writes them."""
     if not isinstance(model, PreTrainedModel):
         return
-    given = config if isinstance(config, FxquantConfig) else FxquantConfig(config)
-    given.weights = table_of(model)
+    given = FxquantConfig(config.config if isinstance(config, FxquantConfig) else config, weights=table_of(model))
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, FxquantHfQuantizer):
         quantizer = FxquantHfQuantizer(given, pre_quantized=True)
@@ -194,6 +193,16 @@ def attach(model: nn.Module, config: FxquantConfig | Config) -> None:
     model.hf_quantizer, model.quantization_method, model.is_quantized = quantizer, METHOD, True
     model._weight_conversions = []  # packed weights are saved under the model's own names
     _forget_ties(model)
+
+
+def whole(model: Any) -> None:
+    """Where only parts of ``model`` were quantized, on their own, make it the model that is saved and loaded."""
+    parts = [m for m in model.modules() if isinstance(getattr(m, "hf_quantizer", None), FxquantHfQuantizer)]
+    if parts and model not in parts and getattr(model, "hf_quantizer", None) is None:
+        config = parts[0].hf_quantizer.quantization_config.config
+        for part in parts:
+            part.hf_quantizer.remove_quantization_config(part)
+        attach(model, config)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -225,18 +234,19 @@ _AGAIN = "save the model again, or fetch all of its files anew"
 def _named_as(model: Any, table: Table, given: Stored) -> tuple[Table, Stored]:
     """The table and the tensors by the names they have in ``model``, which may be the body of the model that was saved,
     or have it as its body. What belongs to another head is left out."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     body = f"{model.base_model_prefix}."
-    has_body = body != "." and hasattr(model, model.base_model_prefix)
-    inside = {name.startswith(body) for name in table}
+    same = any(name in own for name in table)
+    has_body = not same and any(body + name in own for name in table)
 
     def named(name: str) -> str:
-        if has_body and True not in inside:
-            return body + name
-        return name.removeprefix(body) if body != "." and not has_body else name
+        return name if same else body + name if has_body else name.removeprefix(body)
 
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     same_class = type(model).__name__ in (model.config.architectures or [])
     kept = {named(name): name for name in table if same_class or named(name) in own}
+    if not kept:
+        raise LoadError(f"{type(model).__name__} holds none of the packed weights; load the folder with the class that "
+                        f"was saved, {', '.join(map(str, model.config.architectures or ['AutoModel']))}")  # fmt: skip
     found: Table = {}
     for new, old in kept.items():
         entry = table[old]
@@ -277,4 +287,4 @@ def _keep_dtypes(model: Any, dtype: torch.dtype) -> None:
                 getattr(module, HELD).dtype = kept
 
 
-__all__ = ["METHOD", "Entry", "FxquantConfig", "FxquantHfQuantizer", "attach"]
+__all__ = ["METHOD", "Entry", "FxquantConfig", "FxquantHfQuantizer", "attach", "whole"]

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxquant import packing
-from fxquant.encoding import MalformedError, decode_number, decode_spec, fields, items, path, whole
+from fxquant.encoding import MalformedError, decode_number, decode_spec, fields, items, text, whole
 from fxquant.errors import FormatError, LoadError
 from fxquant.modules import PackedWeight, Quantized, QuantizedLinear, RoundedInput, is_linear, replace, weights_of
 from fxquant.qtensor import check_scale
@@ -164,7 +164,7 @@ def read_table(data: Any) -> Table:
     try:
         if not isinstance(data, dict) or not 0 < len(data) <= _MOST_ENTRIES:
             raise MalformedError("the table of weights is not an object with an entry for each packed weight")
-        table = {path(name, "the table of weights"): _read(entry, name) for name, entry in data.items()}
+        table = {text(name, "the name of a weight"): _read(entry, name) for name, entry in data.items()}
         for name, entry in table.items():
             if isinstance(entry, str) and not isinstance(table.get(entry), Entry):
                 raise MalformedError(f"weight {name!r} is the same as {entry[:100]!r}, which is no packed weight")
@@ -176,7 +176,7 @@ def read_table(data: Any) -> Table:
 def _read(value: Any, name: str, *, factor: bool = False) -> Entry | str:
     where = f"weight {name[:200]!r}"
     if isinstance(value, dict) and "same_as" in value:
-        return path(fields(value, where, ["same_as"])["same_as"], where)
+        return text(fields(value, where, ["same_as"])["same_as"], f"what {where} is the same as")
     optional = ["error"] if factor else ["rows", "transposed", "activation", "factors", "error"]
     found = fields(value, where, ["spec", "shape"], optional)
     spec = decode_spec(found["spec"], where)

@@ -19,8 +19,6 @@ from fxquant.codegen.compressed_tensors import share_outer_scales, stored
 from fxquant.errors import ExportError, ModelError, SaveError
 from fxquant.export_check import check_compressed_tensors
 
-pytest.importorskip("compressed_tensors")
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:

@@ -23,8 +23,6 @@ from tiny_language import save_tiny, tiny_language_model, tiny_tokenizer  # noqa
 from fxquant.checkpoints import load_model, load_packed  # noqa: E402
 from fxquant.hf import model_card, save  # noqa: E402
 
-hf.utils.logging.disable_progress_bar()
-
 
 def run(*args: Any) -> Any:
     return CliRunner().invoke(app, [str(arg) for arg in args])
