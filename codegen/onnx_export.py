@@ -1,9 +1,9 @@
 """Export a program to an ONNX file that onnxruntime executes, its weights packed as they are in torch.
 
-Node names are those of the fx graph, initializers are called like the tensors of the model, inputs and outputs like
-those of its signature, and a dynamic size is a ``dim_param`` of the same name. Layers on packed weights are nodes of
-the ``fxquant`` domain, which the file also defines in standard operators (``onnx_functions``). What each operator
-becomes is one row of a table (``onnx_ops``).
+Nodes are called by module and node of the fx graph (``onnx_words``), values like the latter, initializers like the
+tensors of the model, inputs and outputs like those of its signature; a dynamic size is a ``dim_param`` of that name.
+Layers on packed weights are nodes of the ``fxquant`` domain, which the file also defines in standard operators
+(``onnx_functions``). What each operator becomes is one row of a table (``onnx_ops``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fxquant.codegen.onnx_metadata import described
 from fxquant.codegen.onnx_ops import BY_NAME, CONVERTERS, NO_VALUE
 from fxquant.codegen.onnx_rotary import fused
 from fxquant.codegen.onnx_standard import MICROSOFT
+from fxquant.codegen.onnx_words import name_nodes
 from fxquant.errors import ExportError, SaveError
 from fxquant.graph import NodeInfo, ScalarType, TensorType, info
 from fxquant.program import Program, Progress, quiet, target_name
@@ -147,7 +148,10 @@ class _Exporter:
             raise ExportError(self.refusal(node, f"has arguments that fit no call of it ({error})")) from error
         if missing := next(filter(None, map(no_kernel, self.builder.nodes[before:])), None):
             raise ExportError(self.refusal(node, f"would not run: {missing}"))
-        return self.named(node, value, {id(n) for n in self.builder.nodes[before:]})
+        made = self.builder.nodes[before:]
+        value = self.named(node, value, {id(n) for n in made})
+        name_nodes(node, made)
+        return value
 
     def refusal(self, node: fx.Node, reason: str) -> str:
         found = info(node)
@@ -180,7 +184,6 @@ class _Exporter:
                 producer.name = node.name
             elif i == 0 and len(producer.outputs) > 1:
                 producer.name = node.name
-            producer.metadata_props["layer"] = info(node).path
         return value
 
     def outputs(self, node: fx.Node) -> list[ir.Value]:

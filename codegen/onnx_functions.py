@@ -30,6 +30,7 @@ from fxquant.codegen import onnx_bodies as bodies
 from fxquant.codegen import onnx_rounding as roundings
 from fxquant.codegen.onnx_bodies import INT, MATRIX, SHAPED, WINDOW, Body
 from fxquant.codegen.onnx_builder import Builder, Operator, T
+from fxquant.codegen.onnx_words import function_doc
 from fxquant.formats import Format, IntFormat
 from fxquant.packing import planes
 from fxquant.scheme import SCALES, QuantSpec
@@ -72,7 +73,9 @@ def function(
     out = body(f, *inputs)
     graph = ir.Graph(inputs, [out], nodes=f.nodes, opset_imports={"": opset}, name=operator.name)
     declared = [ir.Attr(name, kind, _DEFAULTS.get(name)) for name, kind in attributes.items()]
-    return ir.Function(DOMAIN, operator.name, graph=graph, attributes=declared)
+    found = ir.Function(DOMAIN, operator.name, graph=graph, attributes=declared)
+    found.doc_string = function_doc(kind, str(format))
+    return found
 
 
 def functions(b: Builder) -> list[ir.Function]:

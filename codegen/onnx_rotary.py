@@ -34,6 +34,7 @@ def _rotary(b: Builder, node: ir.Node, x: ir.Value, cos: ir.Value, sin: ir.Value
     new = ir.node("RotaryEmbedding", inputs, {"interleaved": 0}, domain=MICROSOFT, name=node.name,
                   outputs=[ir.Value(name=out.name, type=out.type, shape=out.shape)])  # fmt: skip
     new.metadata_props.update(node.metadata_props)
+    new.doc_string = node.doc_string
     ir.convenience.replace_all_uses_with(out, new.outputs[0])
     for i in range(len(node.inputs)):  # so that what only the sum read is not used any more
         node.replace_input_with(i, None)

@@ -44,18 +44,22 @@ _LOWEST = -149
 # --- bodies ---------------------------------------------------------------------------------------------------------
 def fake_quantize_dynamic(f: Body, x: ir.Value) -> ir.Value:
     """x rounded with scales found from its last axis."""
+    f.step("round")
     wide = f.op("Cast", x, to=int(T.FLOAT), dtype=T.FLOAT)
     kind = f.operator
     if isinstance(f.format, IntFormat) and not f.format.signed:
         return f.op("CastLike", _with_zero_point(f, wide), x)
     if kind.scale == "e4m3":
         return f.op("CastLike", _under_tensor_scale(f, wide, *_e4m3_scales(f, wide)), x)
+    f.step("scale")
     scale = found_scale(f, wide, f.format, kind.scale, kind.rounding)
+    f.step("round")
     return f.op("CastLike", restored(f, wide, scale, f.format), x)
 
 
 def fake_quantize(f: Body, x: ir.Value, scale: ir.Value, *above: ir.Value) -> ir.Value:
     """x rounded with given scales; ``above`` is a zero point (UINT), or the scale of the scales (NVFP4)."""
+    f.step("round")
     wide = f.op("Cast", x, to=int(T.FLOAT), dtype=T.FLOAT)
     if f.operator.scale == "e4m3":
         return f.op("CastLike", _under_tensor_scale(f, wide, scale, above[0]), x)
@@ -141,7 +145,10 @@ def _e4m3_scales(f: Body, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     absmax = f.op("ReduceMax", f.op("Abs", x), f.axes(-1), keepdims=1, dtype=T.FLOAT)
     ideal = f.op("Div", absmax, f.const(f.format.max, T.FLOAT), dtype=T.FLOAT)
     largest = f.op("ReduceMax", ideal, keepdims=0, dtype=T.FLOAT)
-    outer = _or_one(f, f.op("Div", largest, f.const(grid.max, T.FLOAT)), largest)
+    outer = f.op("Div", largest, f.const(grid.max, T.FLOAT), dtype=T.FLOAT)
+    if f.operator.rounding == "ceil":
+        outer = _power(f, outer, largest, "ceil", 1.0, format=f.format)
+    outer = _or_one(f, outer, largest)
     ratio = f.op("Clip", f.op("Div", ideal, outer), f.const(2.0**-6, T.FLOAT), f.const(grid.max, T.FLOAT))
     return rounded(f, ratio, grid), outer
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fxquant.config import Config as Config
     from fxquant.config import load_config as load_config
     from fxquant.errors import FxquantError as FxquantError
+    from fxquant.export_folder import export_compressed_tensors as export_compressed_tensors
+    from fxquant.export_ggml import export_gguf as export_gguf
     from fxquant.formats import FloatFormat as FloatFormat
     from fxquant.formats import IntFormat as IntFormat
     from fxquant.formats import parse_format as format  # noqa: F401
@@ -42,6 +44,8 @@ _PUBLIC = {
     "allocate": ("fxquant.allocation", "allocate"),
     "compile": ("fxquant.pipeline", "compile"),
     "custom_ops_library": ("fxquant.codegen.ort_library", "custom_ops_library"),
+    "export_compressed_tensors": ("fxquant.export_folder", "export_compressed_tensors"),
+    "export_gguf": ("fxquant.export_ggml", "export_gguf"),
     "format": ("fxquant.formats", "parse_format"),
     "load": ("fxquant.pipeline", "load"),
     "load_config": ("fxquant.config", "load_config"),

@@ -36,8 +36,8 @@ from fxquant.eager import (
 )  # fmt: skip
 from fxquant.errors import CaptureError, InputError, WeightError
 from fxquant.flatten import from_export
-from fxquant.graph import dtype_name
-from fxquant.program import Program, record
+from fxquant.graph import dtype_name, info
+from fxquant.program import Program, record, target_name
 from fxquant.rewrite import Log
 from fxquant.signature import Input, as_call, by_parameter, named_leaves, parameters_of
 from fxquant.sizes import (
@@ -80,10 +80,29 @@ def capture(
             with evaluating(model), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 program = _capture_module(model, example_inputs, dynamic_shapes)
+    _check_float(program)
     program.gm.graph.lint()
     program.gm.recompile()
     record(program, "capture", Log(), time.perf_counter() - begin)
     return program
+
+
+_WATCHERS = ("ObserverBase", "FakeQuantizeBase", "AffineQuantizedObserverBase")
+_QUANTIZERS = ("quantized_decomposed", "quantized", "torchao", "pt2e_quant")
+_GIVE_FLOAT = (
+    "give the float model, or its ExportedProgram as torch.export.export made it, before prepare_pt2e, and a config "
+    "that says the same, such as the recipe W8A8-INT"
+)
+
+
+def _check_float(program: Program) -> None:
+    """CaptureError for a program that another quantizer wrote its operators into."""
+    for node in program.gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in _QUANTIZERS:
+            raise CaptureError(
+                f"the program is quantized already: {info(node).path or node.name} calls {target_name(node.target)}, "
+                f"as PT2E's convert_pt2e writes it; {_GIVE_FLOAT}"
+            )
 
 
 def check_model(model: nn.Module) -> None:
@@ -103,6 +122,9 @@ def check_model(model: nn.Module) -> None:
         if word := next((part for part in name.split(".") if keyword.iskeyword(part)), None):
             raise CaptureError(f"{name}: {word!r} is a keyword of Python, which torch.fx cannot write; rename it")
     for path, module in model.named_modules():
+        if watcher := next((c.__name__ for c in type(module).__mro__ if c.__name__ in _WATCHERS), None):
+            raise CaptureError(f"{path} is a {type(module).__name__} ({watcher}): the model is prepared for another "
+                               f"quantizer, torch.ao's or torchao's; {_GIVE_FLOAT}")  # fmt: skip
         weight = getattr(module, "weight", None) if isinstance(module, _WITH_FLOAT_WEIGHT) else None
         if isinstance(weight, Tensor) and _is_integer(weight):
             raise _integer_weight(f"{path}.weight" if path else "weight", weight)

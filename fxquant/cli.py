@@ -16,7 +16,18 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from fxquant import cli_compare, cli_config, cli_generate, cli_kernels, cli_measure, cli_onnx, cli_recommend
-from fxquant.cli_options import CalibrationText, Json, Overwrite, calibration_data, load, note, print_json
+from fxquant.cli_options import (
+    CalibrationText,
+    FolderFormat,
+    Json,
+    Overwrite,
+    calibration_data,
+    check_hf,
+    load,
+    note,
+    print_json,
+    save_hf,
+)
 from fxquant.errors import FxquantError
 
 
@@ -82,6 +93,10 @@ def compile_(
     kv_cache: Annotated[
         bool, typer.Option("--kv-cache", help="Keys and values as inputs and outputs, for fxquant generate.")
     ] = False,
+    format: Annotated[
+        FolderFormat,
+        typer.Option("--format", help="fxquant: the compiled graph; hf: a folder for transformers' from_pretrained."),
+    ] = FolderFormat.fxquant,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -94,19 +109,29 @@ def compile_(
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ --calibration my-text.txt -o smollm2-fp4
 
         fxquant compile model.gguf -c my-config.yaml -o out --overwrite
+
+        fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-hf --format hf
     """
-    from fxquant import hf, pipeline, store
+    from fxquant import checkpoints, pipeline, store
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
-    settings = load_config(config)
-    store.check_place(out.absolute(), overwrite)
+    settings, hf = load_config(config), format == FolderFormat.hf
+    if hf:
+        check_hf(settings, out, kv_cache, overwrite)
+    else:
+        store.check_place(out.absolute(), overwrite)
     with progress_bars() as progress:
-        loaded = hf.load_model(model, kv_cache=kv_cache, progress=progress)
+        loaded = checkpoints.load_model(model, kv_cache=kv_cache, progress=progress)
         data = calibration_data(settings, loaded, calibration)
-        compiled = pipeline.compile(loaded.model, loaded.example_inputs, settings, calibration=data, progress=progress)
+        make = pipeline.quantize_ if hf else pipeline.compile
+        compiled = make(loaded.model, config=settings, example_inputs=loaded.example_inputs, calibration=data,
+                        progress=progress)  # fmt: skip
         progress("save", 0, 0)
-        compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
+        if hf:
+            save_hf(loaded, out)
+        else:
+            compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
     if loaded.quantized:
         note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")
     summary = compiled.summary()
@@ -114,7 +139,10 @@ def compile_(
         print_json({"out": str(out), "source_quantized": loaded.quantized, **summary.to_dict()})
         return
     typer.echo(str(summary))
-    typer.echo(f"\nsaved to {out}; next: fxquant inspect {out}, or fxquant export {out} -o model.onnx")
+    following = f"fxquant inspect {out}, or fxquant export {out} -o model.onnx"
+    if hf:
+        following = f"fxquant generate {out} PROMPT, or in Python import fxquant.hf, then from_pretrained({str(out)!r})"
+    typer.echo(f"\nsaved to {out}; next: {following}")
 
 
 app.command()(cli_onnx.export)

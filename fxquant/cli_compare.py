@@ -11,8 +11,8 @@ import typer
 from fxquant.cli_options import Json, load, note, print_json, read_text, tokenizer_in
 
 if TYPE_CHECKING:
+    from fxquant.checkpoints import LoadedModel
     from fxquant.compiled import CompiledModel
-    from fxquant.hf import LoadedModel
     from fxquant.program import Progress
     from fxquant.show.numerics import Comparison
 
@@ -91,12 +91,12 @@ def comparison(
     windows: int = 1, length: int = 512, progress: Progress | None = None,
 ) -> Comparison:  # fmt: skip
     """``compiled`` beside the float model at ``model``, on windows of a text or on the tensors of a file."""
-    from fxquant import hf
+    from fxquant import checkpoints
     from fxquant.program import quiet
 
     progress = progress or quiet
     past = any(item.empty for item in compiled.program.signature.inputs)
-    loaded = hf.load_model(model, kv_cache=past, progress=progress)
+    loaded = checkpoints.load_model(model, kv_cache=past, progress=progress)
     return compiled.compare(loaded.model, _inputs(loaded, out, text, data, windows, length), progress=progress)
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def generate(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fxquant compile wrote.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that fxquant compile wrote, with --format hf or without.")
+    ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")],
     most: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="How many tokens at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
@@ -45,11 +47,12 @@ def generate(
     import torch
 
     from fxquant import generate as loop
+    from fxquant.checkpoints import is_packed
 
     sampling = loop.Sampling(temperature, top_k, top_p, seed)
     if threads:
         torch.set_num_threads(threads)
-    if not (out / "graph.json").is_file():
+    if not (out / "graph.json").is_file() and not is_packed(out):
         raise ModelError(f"{out} is no compiled model; give a folder that fxquant compile wrote")
     words = tokenizer_in(tokenizer or out, out)
     ids = loop.prompt_ids(words, prompt, chat=chat)
@@ -83,8 +86,13 @@ def generate(
 
 
 def _engine(out: Path, onnx: Path | None, threads: int, activation_bits: int) -> Engine:
+    from fxquant import checkpoints
     from fxquant import generate as loop
 
+    if onnx is None and checkpoints.is_packed(out):
+        if activation_bits != 32:
+            raise InputError("--activation-bits is for compiled models; compile the float model without --format hf")
+        return loop.TransformersEngine(checkpoints.load_packed(out)[0])
     if onnx is None:
         model = load(out)
         model.activation_bits = activation_bits

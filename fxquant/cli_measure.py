@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fxquant.allocation import Plan
     from fxquant.calibrate import Calibration
-    from fxquant.hf import LoadedModel
+    from fxquant.checkpoints import LoadedModel
     from fxquant.intervals import Estimate
     from fxquant.program import Progress
     from fxquant.sensitivity import Sensitivity
@@ -185,7 +185,7 @@ def sensitivity(
 
         fxquant sensitivity ./vit -c W4A16-INT --data images.safetensors
     """
-    from fxquant import hf
+    from fxquant import checkpoints
     from fxquant import sensitivity as measuring
     from fxquant.config import load_config
     from fxquant.show import bars
@@ -194,7 +194,7 @@ def sensitivity(
 
     settings = load_config(config)
     with progress_bars() as progress:
-        loaded = hf.load_model(model, progress=progress)
+        loaded = checkpoints.load_model(model, progress=progress)
         given = _batches(loaded, text, data, windows, length)
         found = measuring.measure(loaded.model, loaded.example_inputs, settings, data=given, progress=progress)
     if settings.methods():
@@ -293,7 +293,7 @@ def allocate(
 
         fxquant allocate ./SmolLM2-135M --bits 4.25 --pass gptq -o mixed.yaml
     """
-    from fxquant import allocation, hf
+    from fxquant import allocation, checkpoints
     from fxquant.show.console import progress_bars
     from fxquant.show.html import write_page
 
@@ -302,7 +302,7 @@ def allocate(
     if out.exists() and not overwrite:
         raise SaveError(f"{out} exists already; choose another file, or give --overwrite")
     with progress_bars() as progress:
-        loaded = hf.load_model(model, progress=progress)
+        loaded = checkpoints.load_model(model, progress=progress)
         given = _batches(loaded, text, data, windows, length)
         plan = allocation.plan(
             loaded.model, loaded.example_inputs, budget=bits, candidates=candidate or allocation.CANDIDATES,

@@ -1,4 +1,4 @@
-"""``fxquant export``, and what ``fxquant inspect`` says of an ONNX file."""
+"""``fxquant export`` (to checkpoints: ``cli_export``), and what ``fxquant inspect`` says of an ONNX file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fxquant.cli_export import Format, checkpoint, format_of
 from fxquant.cli_options import Json, Overwrite, load, note, print_json
 from fxquant.errors import SaveError
 
@@ -37,7 +38,19 @@ class OptimizeFor(StrEnum):
 
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that fxquant compile wrote.")],
-    path: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The ONNX file to write.")],
+    path: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write, or the folder.")],
+    format: Annotated[
+        Format | None,
+        typer.Option(
+            help="onnx: the whole graph, packed. compressed-tensors: a Hugging Face folder for vLLM. gguf: a file for "
+            "llama.cpp. The last two hold weights alone and refuse what they cannot hold exactly. By default gguf for "
+            "a FILE that ends so, else onnx."
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", metavar="MODEL", help="The model that was compiled: for compressed-tensors and gguf."),
+    ] = None,
     opset: Annotated[int, typer.Option(help="The ONNX operator set, 21 to 26.")] = 21,
     operators: Annotated[
         Operators,
@@ -64,13 +77,15 @@ def export(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Run the file in onnxruntime, compare it with torch, and exit with 1 if it is too far off."
+            "--check",
+            help="Run the file in onnxruntime (read the checkpoint with transformers), compare it with torch, and exit "
+            "with 1 if it is too far off.",
         ),
     ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Export a compiled model to ONNX with its weights still packed; plain onnxruntime runs it.
+    """Export a compiled model with its weights still packed: to ONNX, which plain onnxruntime runs, or as a checkpoint.
 
     Examples:
 
@@ -79,7 +94,19 @@ def export(
         fxquant export smollm2-int4 -o smollm2-int4.onnx --activation-bits 8
 
         fxquant export smollm2-fp6 -o small.onnx --optimize-for memory
+
+        fxquant export smollm2-fp8 --format compressed-tensors --model ./SmolLM2-135M -o for-vllm
+
+        fxquant export smollm2-mxfp4 --model ./SmolLM2-135M -o smollm2.gguf --check
     """
+    if (chosen := format_of(path, format)) is not Format.onnx:
+        onnx_only = {"--opset": opset != 21, "--operators": operators is not Operators.auto,
+                     "--activation-bits": activation_bits is not ActivationBits.float32,
+                     "--optimize-for": optimize_for is not OptimizeFor.speed}  # fmt: skip
+        if given := [name for name, changed in onnx_only.items() if changed]:
+            raise typer.BadParameter(f"{given[0]} is for --format onnx; {chosen.value} has no such choice")
+        checkpoint(chosen, out, path, model=model, overwrite=overwrite, check=check, as_json=as_json)
+        return
     from fxquant.show.console import progress_bars
     from fxquant.show.units import size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +12,14 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fxquant.errors import InputError, ModelError
+from fxquant.errors import InputError, ModelError, SaveError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fxquant.checkpoints import LoadedModel
     from fxquant.compiled import CompiledModel
     from fxquant.config import Config
-    from fxquant.hf import LoadedModel
     from fxquant.program import Progress
 
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
@@ -29,9 +30,44 @@ CalibrationText = Annotated[
 ]
 
 
+class FolderFormat(StrEnum):
+    """What fxquant compile writes."""
+
+    fxquant = "fxquant"
+    hf = "hf"
+
+
+def check_hf(settings: Config, out: Path, kv_cache: bool, overwrite: bool) -> None:
+    """Raise, before any work, for what cannot become a Hugging Face folder at ``out``."""
+    from fxquant.checkpoints import is_packed
+    from fxquant.pipeline import check_modules
+
+    if kv_cache:
+        raise InputError("--kv-cache is for compiled graphs; with --format hf transformers has its own: leave it out")
+    check_modules(settings)
+    if out.exists() and not (overwrite and is_packed(out)):
+        what = "is no model that fxquant packed, and is not overwritten" if overwrite else "exists already"
+        raise SaveError(f"{out} {what}; choose another folder{'' if overwrite else ', or give --overwrite'}")
+
+
+def save_hf(loaded: LoadedModel, out: Path) -> None:
+    """Write the model, which ``quantize_`` has been run on, its tokenizer and a README.md to the folder ``out``."""
+    from fxquant import hf
+
+    if (out / "README.md").exists():
+        note(f"{out / 'README.md'} was there before and stays as it is")
+    hf.save(loaded.model.to(loaded.dtype), out, tokenizer=loaded.tokenizer)
+
+
 def load(out: Path) -> CompiledModel:
     from fxquant import pipeline
+    from fxquant.checkpoints import is_packed
 
+    if is_packed(out):
+        raise ModelError(
+            f"{out} is a Hugging Face folder with packed weights, which holds no graph; fxquant eval and fxquant "
+            f"generate take it. For everything else compile the float model again, without --format hf"
+        )
     return pipeline.load(out)
 
 
@@ -55,7 +91,7 @@ def calibration_data(settings: Config, loaded: LoadedModel, path: Path | None) -
 
 def open_model(model: Path, progress: Progress) -> tuple[Any, Any | None]:
     """What to call, and the tokenizer that was loaded with it: a compiled folder, ONNX file, HF folder or GGUF file."""
-    from fxquant import evaluate, hf
+    from fxquant import checkpoints, evaluate
 
     if model.suffix == ".onnx":
         if not model.is_file():
@@ -63,7 +99,9 @@ def open_model(model: Path, progress: Progress) -> tuple[Any, Any | None]:
         return evaluate.OnnxModel(model), None
     if (model / "graph.json").is_file():
         return load(model), None
-    loaded = hf.load_model(model, progress=progress)
+    if checkpoints.is_packed(model):
+        return checkpoints.load_packed(model, progress=progress)
+    loaded = checkpoints.load_model(model, progress=progress)
     return loaded.model, loaded.tokenizer
 
 
@@ -80,7 +118,7 @@ def language_model(model: Path, tokenizer: Path | None, progress: Progress) -> t
 
 def tokenizer_in(folder: Path | None, model: Path) -> Any:
     """The tokenizer in ``folder``, or in its folder ``tokenizer``."""
-    from fxquant import hf
+    from fxquant import checkpoints
 
     if folder is None:
         raise InputError(f"{model} has no tokenizer; give the folder of one with --tokenizer FOLDER")
@@ -89,7 +127,9 @@ def tokenizer_in(folder: Path | None, model: Path) -> Any:
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not (place / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")
-    return hf.transformers().AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    return checkpoints.transformers().AutoTokenizer.from_pretrained(
+        place, local_files_only=True, trust_remote_code=False
+    )
 
 
 def read_text(text: Path | None) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fxquant.calibrate import Calibration
-    from fxquant.hf import LoadedModel
+    from fxquant.checkpoints import LoadedModel
     from fxquant.recommend import Measured, Recommendation
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -65,7 +65,7 @@ def recommend(
 
         fxquant recommend ./vit --max-error 0.05 --data images.safetensors
     """
-    from fxquant import hf
+    from fxquant import checkpoints
     from fxquant.candidates import SPECS
     from fxquant.recommend import recommend as find
     from fxquant.recommend import rows, with_front
@@ -77,7 +77,7 @@ def recommend(
     told: list[Measured] = []
     try:
         with progress_bars() as progress:
-            loaded = hf.load_model(model, progress=progress)
+            loaded = checkpoints.load_model(model, progress=progress)
             held, rest = _data(loaded, text, data, windows, length, perplexity=max_ppl is not None)
             methods: list[Any] = [{"gptq": {"float_targets": True}}] if rest is not None and finalists else []
             found = find(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fxquant import evaluate, hf, pipeline
+from fxquant import checkpoints, evaluate, pipeline
 from fxquant.errors import ModelError, SaveError
 from fxquant.program import Progress, quiet
 from fxquant.show.summary import ratio
@@ -105,7 +105,7 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     clock, found = _Clock(say), dict[str, evaluate.Perplexity]()
     with clock.stage("load the model"):
-        loaded = hf.load_model(source, progress=progress)
+        loaded = checkpoints.load_model(source, progress=progress)
         windows = evaluate.text_windows(loaded.tokenizer, length=LENGTH)[-WINDOWS:]  # type: ignore[arg-type]
     with clock.stage("perplexity of the float model"):
         found["float"] = evaluate.perplexity(loaded.model, windows, progress=progress)
@@ -128,7 +128,7 @@ def run_demo(
 
 
 def _result(
-    loaded: hf.LoadedModel, summary: Any, found: dict[str, evaluate.Perplexity], stages: dict[str, float],
+    loaded: checkpoints.LoadedModel, summary: Any, found: dict[str, evaluate.Perplexity], stages: dict[str, float],
     files: dict[str, Path],
 ) -> DemoResult:  # fmt: skip
     s = summary

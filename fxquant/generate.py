@@ -1,4 +1,5 @@
-"""Text from a language model, token by token: a compiled model in torch, or its ONNX file in onnxruntime.
+"""Text from a language model, token by token: a compiled model in torch, a transformers model on packed weights, or an
+ONNX file in onnxruntime.
 
 An ``Engine`` is given token ids and returns the logits of what comes next; it keeps what it was given, as a KV cache
 where the model has one (``fxquant compile --kv-cache``), else as ids that it computes anew in every step. ``generate``
@@ -131,14 +132,14 @@ def choose(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
 
 # --- engines ----------------------------------------------------------------------------------------------------------
 class TorchEngine:
-    """A compiled model in torch. InputError where it is no language model."""
+    """A compiled model in torch, on ``device``. InputError where it is no language model."""
 
-    def __init__(self, model: CompiledModel) -> None:
+    def __init__(self, model: CompiledModel, device: torch.device | str = "cpu") -> None:
         signature = model.program.signature
         names = [item.name for item in signature.inputs]
         self.cached = _is_cached(names, "the compiled model")
         self.limits: Sequence[str] = signature.limits
-        self._model = model
+        self._model, self._device = model, device
         self.reset()
 
     def reset(self) -> None:
@@ -147,10 +148,34 @@ class TorchEngine:
 
     def __call__(self, ids: Sequence[int]) -> Tensor:
         self._ids = list(ids) if self.cached else [*self._ids, *ids]
-        found = self._model(**{IDS: torch.tensor([self._ids])}, **self._past)
+        found = self._model(**{IDS: torch.tensor([self._ids], device=self._device)}, **self._past)
         found = found if isinstance(found, dict) else {LOGITS: getattr(found, LOGITS, None)}
         self._past = past_of(found) if self.cached else {}
         return _last(found.get(LOGITS))
+
+
+class TransformersEngine:
+    """A transformers model, with the KV cache that it makes itself. InputError where it is no language model."""
+
+    cached = True
+
+    def __init__(self, model: Any) -> None:
+        if not getattr(model, "can_generate", lambda: False)() or model.config.is_encoder_decoder:
+            raise InputError(f"{type(model).__name__} does not generate text; generation takes a causal language model")
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.limits: Sequence[str] = [f"{PAST} + sequence <= {most}"] if most else []
+        self._model = model
+        self.reset()
+
+    def reset(self) -> None:
+        self._past: Any = None
+
+    def __call__(self, ids: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            given = torch.tensor([list(ids)], device=self._model.device)
+            found = self._model(input_ids=given, past_key_values=self._past, use_cache=True)
+        self._past = found.past_key_values
+        return _last(found.logits)
 
 
 class OnnxEngine:
@@ -200,7 +225,7 @@ def _last(logits: Any) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 3:
         raise InputError("the model gives no logits [batch, sequence, vocabulary]; generation takes a causal language "
                          "model")  # fmt: skip
-    return logits[0, -1].float()
+    return logits[0, -1].float().cpu()
 
 
 def _value(array: Any) -> Any:

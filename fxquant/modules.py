@@ -1,7 +1,8 @@
-"""Modules on packed weights: what ``quantize_`` puts in the place of a float module."""
+"""Modules on packed weights: what ``quantize_`` puts in the place of a float module, and checkpoints load into."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from fxquant.errors import CaptureError
+from fxquant.errors import CaptureError, ConfigError
 from fxquant.graph import info
+from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Program
 from fxquant.rewrite import fetch
@@ -24,7 +26,12 @@ class PackedWeight(nn.Module):
     ``dtype`` is what it decodes to. A cast of the module (``model.half()``) changes that and leaves the buffers, whose
     dtypes belong to the spec, as they are. ``transposed`` says that the parameter it stands for has its last two
     dimensions in the other order. ``factors``, U and V, are added to the weight as their product: what LoRC found.
+    ``error`` is ||W - W'|| / ||W||, where it is known. While the weight is ``pending``, waiting for its values, it
+    decodes to a tensor on the meta device, which anyone may fill.
     """
+
+    pending = False
+    error: float | None = None
 
     packed: Tensor
     scale: Tensor
@@ -44,6 +51,9 @@ class PackedWeight(nn.Module):
 
     def decode(self) -> Tensor:
         """The parameter this stands for: its values rounded to the grid, with U V where it has factors; ``dtype``."""
+        if self.pending:
+            nothing = torch.empty(self.shape, dtype=self.dtype, device="meta")
+            return nothing.transpose(-1, -2) if self.transposed else nothing
         value: Tensor = ops.dequantize_packed(*self.parts, self.spec, list(self.shape), **self.outer, dtype=self.dtype)
         if self.factors:
             U, V = self._thin
@@ -75,31 +85,71 @@ class PackedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
 
-        def move(value: Tensor) -> Tensor:
-            moved = fn(value)
-            return moved if moved.dtype == value.dtype else value.to(moved.device)
-
-        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(_keeping_dtypes(fn), recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return f"{self.spec}, {'x'.join(map(str, self.shape))}"
 
 
-class _Quantized(nn.Module):
+def _keeping_dtypes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``module.to(...)`` without its cast."""
+
+    def move(value: Tensor) -> Tensor:
+        moved = fn(value)
+        return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+    return move
+
+
+class RoundedInput(nn.Module):
+    """Rounds what a linear reads: to ``spec`` with scales found row by row, or with one ``scale`` from calibration."""
+
+    scale: Tensor | None
+
+    def __init__(self, spec: str, scale: Tensor | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return ops.fake_quantize_dynamic(x, self.spec)  # type: ignore[no-any-return]
+        return ops.fake_quantize(x, self.scale, None, self.spec)  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return super()._apply(_keeping_dtypes(fn), recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return self.spec
+
+
+class Quantized(nn.Module):
     """What stands in the place of a float module: its bias, its plain attributes, its hooks, and a packed weight."""
 
-    bias: Tensor | None
+    bias: nn.Parameter | None
 
-    def __init__(self, weight: PackedWeight, old: nn.Module) -> None:
+    def __init__(self, weight: PackedWeight | None, old: nn.Module) -> None:
         super().__init__()
         adopt(self, old)
-        self.weight_packed = weight
+        self.float_type = type(old)
+        self.weight_packed: Any = weight
         self.register_parameter("bias", getattr(old, "bias", None))
 
     @property
     def weight(self) -> Tensor:
         """The weight, decoded anew each time it is read; it cannot be set."""
-        return self.weight_packed.decode()
+        return self.weight_packed.decode()  # type: ignore[no-any-return]
+
+    def float_module(self, weight: nn.Parameter) -> nn.Module:
+        """A module of the type that this one replaced, with ``weight``."""
+        new: nn.Module = self.float_type.__new__(self.float_type)
+        nn.Module.__init__(new)
+        adopt(new, self)
+        for name in ("float_type", "input_rounding", "weight_packed"):
+            vars(new).pop(name, None)
+        new.register_parameter("weight", weight)
+        new.register_parameter("bias", self.bias)
+        return new
 
 
 _HOOKS = (
@@ -118,18 +168,22 @@ def adopt(new: nn.Module, old: nn.Module) -> None:
             object.__setattr__(new, name, value)
 
 
-class QuantizedLinear(_Quantized):
-    """``y = x W^T + bias`` with W packed."""
+class QuantizedLinear(Quantized):
+    """``y = x W^T + bias`` with W packed, and x rounded first where ``input_rounding`` says so."""
 
-    def __init__(self, weight: PackedWeight, old: nn.Module) -> None:
+    def __init__(self, weight: PackedWeight | None, old: nn.Module, rounding: RoundedInput | None = None) -> None:
         super().__init__(weight, old)
-        self.out_features, self.in_features = weight.shape
+        self.input_rounding = rounding
+        if weight is not None:
+            self.out_features, self.in_features = weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight_packed.linear(x, self.bias)
+        if self.input_rounding is not None:
+            x = self.input_rounding(x)
+        return self.weight_packed.linear(x, self.bias)  # type: ignore[no-any-return]
 
 
-class QuantizedConv2d(_Quantized):
+class QuantizedConv2d(Quantized):
     """A 2-D convolution, zero padding, with its kernel packed."""
 
     stride: tuple[int, ...]
@@ -142,7 +196,7 @@ class QuantizedConv2d(_Quantized):
         return ops.conv2d_wq(x, *w.parts, self.bias, w.spec, list(w.shape), *window, **w.outer)  # type: ignore[no-any-return]
 
 
-class QuantizedEmbedding(_Quantized):
+class QuantizedEmbedding(Quantized):
     """Rows of a packed table, in the dtype of the table it replaces."""
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -164,17 +218,19 @@ class DecodedParameter(nn.Module):
 def write_back(model: nn.Module, program: Program) -> None:
     """Replace, in ``model``, every module whose weight ``program`` has packed.
 
-    Raises CaptureError, before any change, for a weight that is no parameter of the model or is packed in two ways.
+    Raises CaptureError, before any change, for a weight that is no parameter of the model or is packed in two ways,
+    ConfigError for rounded inputs of anything but quantized linears, which modules cannot hold.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     nodes, factors = _packed_nodes(program), _factors(program)
     if missing := [name for name in nodes if name not in parameters]:
         raise CaptureError(f"the compiled weights {missing[:3]} are not parameters of {type(model).__name__}")
+    roundings = _roundings(model, program, nodes)
     for name, node in nodes.items():
         original = parameters[name]
         weight = _packed_weight(program, node, original.dtype, factors.get(name))
         for other in [n for n, p in parameters.items() if p is original]:  # a tie has several names
-            _replace(model, other, weight, original)
+            replace(model, other, weight, original, roundings.get(name))
 
 
 def _packed_nodes(program: Program) -> dict[str, fx.Node]:
@@ -190,6 +246,35 @@ def _packed_nodes(program: Program) -> dict[str, fx.Node]:
                 f"{quant.weight} is used as it is and transposed, which one packed weight cannot be both of; keep its "
                 f"layers in float with a rule, or use fxquant.compile, which packs it twice"
             )
+    return found
+
+
+def _roundings(model: nn.Module, program: Program, nodes: Mapping[str, fx.Node]) -> dict[str, RoundedInput]:
+    """The rounding of the input of each weight, by the weight's name; each has a scale of its own."""
+    found: dict[str, RoundedInput] = {}
+    held = set[fx.Node]()
+    for node in program.gm.graph.nodes:
+        quant = info(node).weight
+        x = node.args[0] if quant is not None and node.target == ops.linear_wq.default else None
+        if quant is None or not isinstance(x, fx.Node) or x.target not in ROUNDINGS:
+            continue
+        held.add(node)
+        given, name = _given(x), quant.part_of or quant.weight
+        scale = given.get("scale")
+        rounding = RoundedInput(given["spec"], None if scale is None else fetch(program.gm, str(scale.target)).clone())
+        before = found.setdefault(name, rounding)
+        path = name.rpartition(".")[0]
+        same = before.spec == rounding.spec and (
+            before.scale is None or rounding.scale is None or torch.equal(before.scale, rounding.scale)
+        )
+        if not same or not is_linear(model.get_submodule(path)) or name.rpartition(".")[2] != "weight":
+            held.discard(node)
+    rounded = [n for n in program.gm.graph.nodes if n.target in ROUNDINGS]
+    if loose := [user for n in rounded for user in n.users if user not in held]:
+        raise ConfigError(
+            f"the rule's activation rounds what {info(loose[0]).module or loose[0].name} reads, which no module can be "
+            f"made to do; use fxquant.compile, or leave activation out of the rule"
+        )
     return found
 
 
@@ -216,32 +301,52 @@ def _packed_weight(
     parts = {k: None if given.get(k) is None else fetch(program.gm, str(given[k].target)) for k in _PARTS}
     transposed = str(given["packed"].target).removeprefix(quant.weight).startswith("_t_")  # as insert_qdq names it
     U, V = (None, None) if factors is None else (_packed_weight(program, factor, dtype) for factor in factors)
-    return PackedWeight(
+    weight = PackedWeight(
         parts, spec=given["spec"], shape=tuple(given["shape"]), dtype=dtype, transposed=transposed,
         factors=None if U is None or V is None else (U, V),
     )  # fmt: skip
+    weight.error = quant.error if math.isfinite(quant.error) else None
+    return weight
 
 
-def _replace(model: nn.Module, name: str, weight: PackedWeight, original: Tensor) -> None:
+def replace(
+    model: nn.Module, name: str, weight: PackedWeight | None, original: Tensor, rounding: RoundedInput | None = None
+) -> None:
+    """Put ``weight`` in the place of the parameter ``name`` of ``model``, whose tensor is ``original``.
+
+    A module of a known type is replaced as a whole, any other decodes the parameter when it is read. None leaves the
+    place for a packed weight that is still to come.
+    """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    new = _quantized(module, weight) if leaf == "weight" and path else None
+    new = _quantized(module, weight, rounding) if leaf == "weight" and path else None
     if new is not None:
         model.set_submodule(path, new)
         return
     if parametrize.is_parametrized(module, leaf):  # a module that has two paths
         return
+    if weight is None:
+        delattr(module, leaf)
+        module.register_buffer(leaf, original.new_empty(0), persistent=False)
+        return
     parametrize.register_parametrization(module, leaf, DecodedParameter(weight), unsafe=True)
-    module.parametrizations[leaf].original.data = original.new_empty(0)  # type: ignore[index,union-attr]
+    table: Any = module.parametrizations[leaf]  # type: ignore[index]
+    delattr(table, "original")  # torch keeps it with the model's tensors; here it is nothing, and no checkpoint has it
+    table.register_buffer("original", original.new_empty(0), persistent=False)
 
 
-def _quantized(module: nn.Module, weight: PackedWeight) -> nn.Module | None:
+def _quantized(module: nn.Module, weight: PackedWeight | None, rounding: RoundedInput | None) -> nn.Module | None:
     """The packed form of a module of a known type, None for any other."""
     kind = type(module)
-    if kind is nn.Linear or kind.__name__ == "Conv1D":  # transformers' Conv1D is a linear, stored [in, out]
-        return QuantizedLinear(weight, module)
+    if is_linear(module):
+        return QuantizedLinear(weight, module, rounding)
     if kind is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return QuantizedConv2d(weight, module)
     if kind is nn.Embedding and module.max_norm is None:
         return QuantizedEmbedding(weight, module)
     return None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear of torch or transformers' Conv1D, which is a linear stored [in, out]."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"

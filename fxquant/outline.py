@@ -17,7 +17,7 @@ from torch import nn
 from torch.export import export
 from torch.utils._pytree import tree_map_only
 
-from fxquant import hf
+from fxquant import checkpoints
 from fxquant.choice import choose
 from fxquant.eager import evaluating
 from fxquant.errors import ModelError
@@ -95,14 +95,14 @@ def outline(path: str | Path, *, progress: Progress = quiet) -> Outline:
     name = path.stem if path.is_file() else path.resolve().name
     progress("find layers", 0, 0)
     try:
-        model = hf.empty_model(path)
+        model = checkpoints.empty_model(path)
         if model is not None:
             return _outline(name, type(model).__name__, _exported(model), by_name=True)
     except ModelError:
         raise
     except Exception:  # a forward that looks at values, or a library that does: with the weights it may work
         pass
-    loaded = hf.load_model(path, progress=progress)
+    loaded = checkpoints.load_model(path, progress=progress)
     program = float_program(loaded.model, loaded.example_inputs)
     return _outline(name, type(loaded.model).__name__, program, by_name=False)
 

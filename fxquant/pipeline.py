@@ -18,7 +18,7 @@ from fxquant.codegen.lower import LOWER
 from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
 from fxquant.errors import ConfigError, LoadError, near
-from fxquant.examples import default_inputs
+from fxquant.examples import default_inputs, is_hugging_face
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import write_back
 from fxquant.observe import observe
@@ -155,20 +155,30 @@ def quantize_(
 
     Modules whose weight was quantized are replaced in place; what replaces them keeps their attributes and hooks, and
     decodes ``weight`` when it is read. ``example_inputs`` may be left out for Hugging Face models and others that have
-    ``dummy_inputs``. Returns the compiled model, for its report. ConfigError for methods that change more of the graph
-    than codes, such as ``rotate``: modules cannot hold that.
+    ``dummy_inputs``. Returns the compiled model, for its report. A transformers model's own ``save_pretrained`` writes
+    packed weights afterwards. ConfigError for methods that change more of the graph than codes, such as ``rotate``:
+    modules cannot hold that.
     """
     config = load_config(config)
+    check_modules(config)
+    if example_inputs is None:
+        example_inputs = default_inputs(model)
+    compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
+    write_back(model, compiled.program)
+    if is_hugging_face(model):
+        from fxquant.hf_quantizer import attach  # loads transformers, as the model's class did
+
+        attach(model, config)
+    return compiled
+
+
+def check_modules(config: Config) -> None:
+    """Raise a ConfigError for a config whose result modules cannot hold."""
     if changing := [name for name, options in config.methods() if options.changes_graph]:
         raise ConfigError(
             f"{changing[0]} changes more of the graph than the codes of weights, which cannot be written back into "
             f"modules; use fxquant.compile, or leave it out of passes"
         )
-    if example_inputs is None:
-        example_inputs = default_inputs(model)
-    compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
-    write_back(model, compiled.program)
-    return compiled
 
 
 def check_rules(rules: Sequence[LayerRule], layers: Sequence[Layer]) -> None:

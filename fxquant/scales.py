@@ -9,6 +9,7 @@
     m1       2^k    ceil (as printed), floor, round of log2 ideal, or mse       ZeroQuant-FP, section 3 (M1)
     m2       2^-k times the largest ideal scale of the row; k: ceil, floor, round of log2(largest / ideal), or mse  (M2)
     e4m3     E4M3 of ideal / tensor_scale, at least 2^-6; tensor_scale = absmax / (448 * format.max) (NVFP4)
+             ceil: the power of two at or above that, which a reciprocal holds exactly (as checkpoints store it)
 
 A block of zeros gets the scale 1 (2^-127 under e8m0, as MX tools have it).
 """
@@ -92,14 +93,17 @@ def _stored(
         ideal = part * _rms(matrix, spec.block(*matrix.shape))
     if spec.kind.outer == "row":
         return _relative_powers(matrix, ideal, part, spec, weight)
-    if spec.kind.roundings:
+    if spec.kind.roundings and spec.kind.outer is None:
         return _powers(matrix, absmax, ideal, spec, weight)
     if spec.kind.format is None:
         return Scales(_where_positive(_cast(ideal, spec, name), ideal))
     grid = spec.kind.format
     if spec.kind.outer == "tensor":
         largest = ideal.amax().reshape(1, 1) / part  # the whole range, whatever part of it a block uses
-        outer = _where_positive(largest / grid.max, largest).float()
+        outer = largest / grid.max
+        if spec.rounding == "ceil":
+            outer = power_of_two(_ceil_log2(_where_positive(outer, outer)))
+        outer = _where_positive(outer, largest).float()
         scale = grid.round((ideal / outer).float().clamp(min=2.0**-6, max=grid.max))
         return Scales(scale, tensor_scale=outer)
     return Scales(_where_positive(grid.round(ideal.float()).clamp(min=grid.smallest), ideal))

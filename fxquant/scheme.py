@@ -105,7 +105,8 @@ class ScaleKind:
 
     ``dtype`` is the dtype of ``QuantizedTensor.scale``; where ``format`` is set, its values lie on that format's grid
     and are stored as its codes, one byte each. ``outer``: a second fp32 scale above it, one a tensor or one a row.
-    ``roundings`` are the ways to a power of two, the default first (``scales`` defines them).
+    ``roundings`` are the ways to a power of two, the default first (``scales`` defines them); "" is none. Under e4m3 it
+    is the tensor's scale that is rounded.
     """
 
     dtype: torch.dtype
@@ -120,7 +121,7 @@ SCALES: dict[str, ScaleKind] = {
     "fp16": ScaleKind(torch.float16),
     "bf16": ScaleKind(torch.bfloat16),
     "e8m0": ScaleKind(torch.float32, PowerFormat(), roundings=("floor", "ceil", "round", "even", "mse")),  # OCP MX
-    "e4m3": ScaleKind(torch.float32, parse_format("e4m3"), outer="tensor"),  # NVFP4
+    "e4m3": ScaleKind(torch.float32, parse_format("e4m3"), outer="tensor", roundings=("", "ceil")),  # NVFP4
     "e5m3": ScaleKind(torch.float32, parse_format("ue5m3")),
     "m1": ScaleKind(torch.float32, PowerFormat(), roundings=("mse", *_POWERS[:3])),  # ZeroQuant-FP, M1
     "m2": ScaleKind(torch.float32, PowerFormat(), outer="row", roundings=("mse", *_POWERS[:3])),  # ZeroQuant-FP, M2
@@ -150,7 +151,7 @@ class QuantSpec:
         if not self.rounding and allowed:
             object.__setattr__(self, "rounding", allowed[0])
         if self.rounding and self.rounding not in allowed:
-            wanted = f"expected one of {', '.join(allowed)}" if allowed else f"{self.scale} takes none"
+            wanted = f"expected one of {', '.join(filter(None, allowed))}" if allowed else f"{self.scale} takes none"
             raise FormatError(f"unknown scale rounding {self.rounding!r}{near(self.rounding, allowed)}; {wanted}")
         if isinstance(self.format, PowerFormat) or (isinstance(self.format, FloatFormat) and not self.format.signed):
             raise FormatError(f"{self.format} is a format for scales; choose a signed format for values")

@@ -238,6 +238,17 @@ def test_a_loaded_model_compares_alike(tmp_path: Path) -> None:
     assert fxquant.load(tmp_path / "out").compare(model, TOKENS[:1]) == before
 
 
+def test_an_exported_program_is_a_float_model() -> None:
+    model = fresh()
+    exported = torch.export.export(model, (), {"input_ids": TOKENS[:2]}, strict=False)
+    compiled = fxquant.compile(exported, None, {"rules": [{"match": "*", "weight": "e3m2/channel"}]})
+    found = compiled.compare(exported, [{"input_ids": TOKENS[2:4]}])
+    assert not any(row.reason for row in found.layers)
+    errors = found.layer("down_proj").local
+    assert errors is not None
+    assert 0.01 < errors.relative < 0.1
+
+
 def test_rank_text_and_json() -> None:
     compiled, model = decoder("smooth")
     found = compiled.compare(model)

@@ -74,6 +74,7 @@ def given() -> dict[str, Any]:
 def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("path/to/model")
     names = {} if page in COMPLETE else given()
     for number, code in enumerate(blocks(page, "python"), 1):
         exec(compile(code, f"{page}, block {number}", "exec"), {} if page in COMPLETE else names)

@@ -11,6 +11,7 @@ import torch
 
 import fxquant
 from fxquant.errors import FormatError, WeightError
+from fxquant.formats import parse_format
 from fxquant.qtensor import fake_quantize, load_scale, store_scale
 from fxquant.scales import ROW_SCALES, block_reduce, choose, squared_error
 from fxquant.scheme import PRESETS, SCALES, parse_spec
@@ -121,6 +122,21 @@ def test_presets(name: str) -> None:
     assert str(q.spec) == str(parse_spec(str(q.spec)))
     relative = float((q.dequantize() - x).norm() / x.norm())
     assert relative < {4: 0.14, 6: 0.07, 8: 0.06}[q.spec.format.bits]
+
+
+def test_nvfp4_under_a_power_of_two() -> None:
+    """The tensor's scale is the next power of two, its reciprocal exact, and nothing else of NVFP4 changes."""
+    for size in (1.0, 3e-5, 7e4):
+        x = torch.randn(6, 64) * size
+        q, plain = fxquant.quantize_tensor(x, "e2m1/group16:e4m3.ceil"), fxquant.quantize_tensor(x, "nvfp4")
+        assert q.tensor_scale is not None
+        assert plain.tensor_scale is not None
+        outer, real = float(q.tensor_scale), float(plain.tensor_scale)
+        assert math.frexp(outer)[0] == 0.5
+        assert real <= outer < 2 * real
+        assert torch.equal(q.scale, parse_format("e4m3").round(x.reshape(6, 4, 16).abs().amax(2) / 6 / outer))
+        assert str(q.spec) == "e2m1/group16:e4m3.ceil"
+    assert float(fxquant.quantize_tensor(torch.zeros(2, 16), "e2m1/group16:e4m3.ceil").tensor_scale) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rounding", ["ceil", "floor", "round", "mse"])

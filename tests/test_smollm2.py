@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,30 @@ def test_a_mixed_allocation_beats_every_uniform_scheme_of_its_size(smollm2, wind
     measured = perplexity(model, windows[-2:]).value
     assert measured < 9.1
     assert math.log(measured / 8.1091) == pytest.approx(plan.loss, rel=0.2)
+
+
+def test_from_pretrained_takes_little_more_than_the_packed_weights(smollm2, tmp_path: Path) -> None:
+    """At most 1.3x the checkpoint, mapped pages counted, with the tokens of before saving (docs/huggingface.md)."""
+    import copy
+    import json
+    import subprocess
+    import sys
+
+    from fxquant import hf
+
+    root = Path(__file__).parent.parent
+    sys.path.insert(0, str(root / "benchmarks"))
+    from hf_loading import PROMPT
+
+    model = copy.deepcopy(smollm2.model)
+    fxquant.quantize_(model, "W6A16-E3M2", smollm2.example_inputs)
+    want = model.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False, pad_token_id=0)[0].tolist()
+    hf.save(model, tmp_path / "packed")
+    command = [sys.executable, str(root / "benchmarks/hf_loading.py"), str(tmp_path / "packed"), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    found = json.loads(done.stdout)
+    assert found["tokens"] == want
+    assert found["generating"]["VmRSS"] <= 1.3 * found["bytes"]
+    assert found["loading"]["RssAnon"] <= 0.2 * found["bytes"]

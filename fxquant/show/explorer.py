@@ -56,12 +56,12 @@ def collection(program: Program, label: str) -> dict[str, Any]:
         "groupNodeAttributes": {"": _totals(summary)},
     }
     graphs, left = [final], MOST_NODES
-    for name, step in reversed(labelled(program.trace)):
+    for i, (name, step) in reversed(list(enumerate(labelled(program.trace)))):
         lines = step.text.splitlines()
         if (left := left - len(lines)) < 0:
             break
-        graphs.append({"id": f"after {name}", "nodes": list(_nodes_of_text(lines))})
-    return {"label": label, "graphs": graphs}
+        graphs.append({"id": f"after {i:02} {name}", "nodes": list(_nodes_of_text(lines))})
+    return {"label": label, "graphs": graphs, "graphSorting": "name_desc"}
 
 
 def overlays(program: Program, comparison: Comparison | None = None) -> dict[str, dict[str, Any]]:
@@ -193,4 +193,5 @@ def _nodes_of_text(lines: list[str]) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
     if lines and lines[-1].startswith("return"):
         read = [n for n in dict.fromkeys(re.findall(r"%(\w+)", lines[-1])) if n not in constants]
-        yield {"id": "output", "label": "output", "incomingEdges": [_edge(n, i) for i, n in enumerate(read)]}
+        edges = [_edge(n, i) for i, n in enumerate(read)]
+        yield {"id": "output", "label": "output", "namespace": "", "incomingEdges": edges}

@@ -131,7 +131,9 @@ def test_every_kind_of_scale(scale: str, tmp_path: Path) -> None:
             check(Dynamic(f"{format}/{granularity}:{scale}"), x, path=tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("spec", ["mxfp4", "mxfp6", "mxfp6_e2m3", "mxfp8", "mxfp8_e5m2", "mxint8", "nvfp4"])
+@pytest.mark.parametrize(
+    "spec", ["mxfp4", "mxfp6", "mxfp6_e2m3", "mxfp8", "mxfp8_e5m2", "mxint8", "nvfp4", "e2m1/group16:e4m3.ceil"]
+)
 @pytest.mark.parametrize("opset", [21, 26])
 def test_presets(spec: str, opset: int, tmp_path: Path) -> None:
     check(Dynamic(spec), rows(2, 9, 64), rows(1, 3, 64), path=tmp_path / "m.onnx", opset=opset)

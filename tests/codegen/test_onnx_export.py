@@ -19,12 +19,14 @@ from torch.nn import functional as F
 
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
+from fxquant.codegen.onnx_builder import Options
 from fxquant.codegen.onnx_export import export_onnx
 from fxquant.errors import ExportError, SaveError
+from fxquant.graph import info
 from fxquant.passes.insert_qdq import INSERT_QDQ
 from fxquant.passes.normalize import NORMALIZE
 from fxquant.passes.remove_dead import REMOVE_DEAD
-from fxquant.program import Program, Stage, run
+from fxquant.program import Program, Stage, run, target_name
 from fxquant.rewrite import tensors
 from fxquant.scheme import LayerRule, parse_spec
 
@@ -199,13 +201,39 @@ def test_names_types_and_metadata(tmp_path: Path) -> None:
     assert [(o.name, o.shape) for o in session.get_outputs()] == [("logits", ["batch", "sequence", 31])]
     model = onnx.load(tmp_path / "m.onnx")
     nodes = [n.name for n in program.gm.graph.nodes if n.op == "call_function"]
-    assert [n.name for n in model.graph.node if "." not in n.name] == nodes
+    named = [n.name.rpartition("/")[2] for n in model.graph.node]
+    assert [name for name in named if "." not in name] == nodes
+    for node in program.gm.graph.nodes:
+        if node.op == "call_function" and info(node).path:
+            assert f"{info(node).path}/{node.name}" in {n.name for n in model.graph.node}
     assert model.producer_name == "fxquant"
     meta = {p.key: p.value for p in model.metadata_props}
     assert meta["recipe"] == "fp6"
     assert meta["fxquant.version"] == model.producer_version
     types = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
     assert types["embedding"] == ["batch", "sequence", 22]
+
+
+def test_a_viewer_shows_what_things_are(tmp_path: Path) -> None:
+    """Every node with a value says its operator and module; every function what it computes, its steps by name."""
+    program = compiled(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 4)), (torch.randn(2, 8),))
+    exported(program, tmp_path / "m.onnx", options=Options(operators="fxquant"))
+    model = onnx.load(tmp_path / "m.onnx")
+    assert len({n.name for n in model.graph.node}) == len(model.graph.node)
+    graph = {node.name: node for node in program.gm.graph.nodes}
+    for node in (n for n in model.graph.node if n.op_type != "Constant"):
+        owner = graph[node.name.rpartition("/")[2].partition(".")[0]]
+        assert node.doc_string.startswith(target_name(owner.target))
+        assert {p.key: p.value for p in node.metadata_props}.get("layer", "") == info(owner).path
+        if (quant := info(owner).weight) is not None:
+            assert f"weight {quant.spec} ({quant.method}, error {quant.error:.2%}" in node.doc_string
+    names = {i.name for i in model.graph.initializer}
+    assert names <= set(tensors(program.gm))
+    assert model.functions
+    for function in model.functions:
+        assert "W = value of each code * scale" in function.doc_string
+        steps = {n.name.partition(".")[0] for n in function.node if n.op_type != "Constant"}
+        assert {"decode", "scale"} <= steps
 
 
 @pytest.mark.parametrize("opset", opsets())
