@@ -24,6 +24,7 @@ from fxquant.errors import ModelError
 from fxquant.graph import info
 from fxquant.program import Program, text
 from fxquant.rewrite import fetch, get_attrs
+from fxquant.show.units import size
 
 CONFIG = "fxquant.config"
 
@@ -64,19 +65,22 @@ class OnnxSummary:
     def __str__(self) -> str:
         specs = Counter(json.loads(self.metadata.get("fxquant.weights", "{}")).values())
         lines = [
-            f"{self.path}: {self.bytes} bytes, opset {self.opset}, by {self.producer}",
+            f"{self.path}: {size(self.bytes)}, opset {self.opset}, by {self.producer}",
             f"operators   {_counts(self.operators)}",
-            f"weights     {', '.join(f'{kind} {size} bytes' for kind, size in self.weights.items())}",
+            f"weights     {', '.join(f'{kind} {size(nbytes)}' for kind, nbytes in self.weights.items())}",
         ]
         if specs:
             lines.append(f"quantized   {_counts(dict(specs.most_common()))}")
-        shown = {k: v for k, v in self.metadata.items() if k != "fxquant.weights"}
-        return "\n".join([*lines, *(f"{key}   {value}" for key, value in shown.items())])
+        shown = {k: v for k, v in self.metadata.items() if k != "fxquant.weights" and v not in ("[]", "{}")}
+        wide = max(map(len, shown), default=0)
+        return "\n".join([*lines, *(f"{key:<{wide}}  {value}" for key, value in shown.items())])
 
 
 def summarize(path: str | Path) -> OnnxSummary:
     """Read the graph of an ONNX file, not its weights. Raises ModelError for what is none."""
     file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"{file} does not exist; give a file that fxquant export wrote")
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's own errors, OSError
@@ -84,7 +88,7 @@ def summarize(path: str | Path) -> OnnxSummary:
             f"{file} cannot be read as an ONNX file: {error}; give one that fxquant export wrote"
         ) from error
     data = file.with_name(f"{file.name}.data")
-    size = sum(p.stat().st_size for p in (file, data) if p.exists())
+    nbytes = sum(p.stat().st_size for p in (file, data) if p.exists())
     operators = Counter(f"{n.domain}.{n.op_type}".removeprefix(".") for n in model.graph.node)
     weights = Counter[str]()
     for tensor in model.graph.initializer:
@@ -94,7 +98,7 @@ def summarize(path: str | Path) -> OnnxSummary:
     metadata = {p.key: p.value for p in model.metadata_props}
     producer = f"{model.producer_name} {model.producer_version}".strip()
     return OnnxSummary(
-        str(file), size, opset, producer, dict(operators.most_common()), dict(weights.most_common()), metadata
+        str(file), nbytes, opset, producer, dict(operators.most_common()), dict(weights.most_common()), metadata
     )
 
 

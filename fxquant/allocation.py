@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 from fxquant.calibrate import Calibration
 from fxquant.choice import choose
 from fxquant.config import Config, RuleConfig, load_config
-from fxquant.errors import ConfigError
+from fxquant.errors import ConfigError, near
 from fxquant.program import Program, Progress, quiet
 from fxquant.qtensor import quantize_tensor
 from fxquant.rewrite import Decline
@@ -185,7 +185,11 @@ def _quantized(program: Program, keep: Sequence[str] | None) -> list[Unit]:
     globs = [LayerRule(match, keep=True) for match in keep or ()]
     for rule in globs:
         if not any(rule.matches(layer.name) for unit in units for layer in unit.layers):
-            raise ConfigError(f"keep {rule.match!r} matches no layer")
+            names = [layer.name for unit in units for layer in unit.layers]
+            raise ConfigError(
+                f"keep {rule.match!r} matches no layer{near(rule.match, names)}; give a layer's path, such as "
+                f"{names[0]}, or a glob in which * crosses dots"
+            )
     rules = [*globs, LayerRule("*", weight=parse_spec("e2m1"))]
     found = [
         unit

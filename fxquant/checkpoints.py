@@ -52,7 +52,7 @@ def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress =
     _check_path(path)
     hf = transformers()
     progress("load model", 0, 3)
-    with _no_bars(hf):
+    with no_bars(hf):
         model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path), None)
         dtype = torch.float32 if path.is_file() else _stored_dtype(_config(path))
         progress("load tokenizer", 1, 3)
@@ -99,7 +99,7 @@ def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, A
     from fxquant import hf_quantizer  # noqa: F401  it registers with transformers
 
     progress("load model", 0, 2)
-    with _no_bars(hf):
+    with no_bars(hf):
         model = _loaded(hf, path, _config(path))
         progress("load tokenizer", 1, 2)
         tokenizer = _tokenizer(hf, path)
@@ -147,7 +147,7 @@ def transformers() -> ModuleType:
 
 
 @contextmanager
-def _no_bars(hf: ModuleType) -> Iterator[None]:
+def no_bars(hf: ModuleType) -> Iterator[None]:
     """transformers' own progress bars off, restored afterwards: progress goes to the caller's Progress."""
     logging = hf.utils.logging
     shown = logging.is_progress_bar_enabled()
@@ -171,11 +171,13 @@ _KINDS = "expected a Hugging Face folder (config.json and *.safetensors) or a .g
 def _check_path(path: Path) -> None:
     """ModelError unless ``path`` is a ``.gguf`` file or a folder with config.json and safetensors."""
     if not path.exists():
-        raise ModelError(f"{path} does not exist; {_KINDS} on this machine (a model's hub name is not looked up)")
+        raise ModelError(f"{path} does not exist; {_KINDS} on this machine (a model's hub name is not looked up; "
+                         f"hf download NAME --local-dir FOLDER fetches one)")  # fmt: skip
     if path.is_file():
         _check_file(path)
     elif (path / "graph.json").exists():
-        raise ModelError(f"{path} is a model that fxquant compiled already; load it with fxquant.load({str(path)!r})")
+        raise ModelError(f"{path} is a model that fxquant compiled already (fxquant inspect shows it, fxquant.load "
+                         f"reads it); give the float model that it was compiled from")  # fmt: skip
     elif not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; {_KINDS}{_inside(path)}")
     elif not any(path.glob("*.safetensors")):

@@ -22,6 +22,7 @@ from fxquant.cli_options import (
     Json,
     Overwrite,
     calibration_data,
+    check_file,
     check_hf,
     load,
     note,
@@ -139,7 +140,7 @@ def compile_(
         print_json({"out": str(out), "source_quantized": loaded.quantized, **summary.to_dict()})
         return
     typer.echo(str(summary))
-    following = f"fxquant inspect {out}, or fxquant export {out} -o model.onnx"
+    following = f"fxquant inspect {out} --html report.html, or fxquant export {out} -o model.onnx"
     if hf:
         following = f"fxquant generate {out} PROMPT, or in Python import fxquant.hf, then from_pretrained({str(out)!r})"
     typer.echo(f"\nsaved to {out}; next: {following}")
@@ -204,6 +205,8 @@ def inspect(
             raise typer.BadParameter("only --json goes with an ONNX file; the others show folders of fxquant compile")
         cli_onnx.inspect(out, as_json)
         return
+    check_file(html)
+    check_file(model_explorer)
     compiled = load(out)
     if html is not None:
         compiled.report(html, title=f"{out.resolve().name}: fxquant report")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.cli_options import Json, load, note, print_json, read_text, tokenizer_in
+from fxquant.cli_options import Json, check_file, load, note, print_json, read_text, tokenizer_in
+from fxquant.errors import InputError
 
 if TYPE_CHECKING:
     from fxquant.checkpoints import LoadedModel
@@ -65,6 +66,8 @@ def compare(
     """
     from fxquant.show.console import progress_bars
 
+    check_file(html)
+    check_file(model_explorer)
     compiled = load(out)
     with progress_bars() as progress:
         found = comparison(compiled, out, model, text, data, windows, length, progress)
@@ -97,6 +100,12 @@ def comparison(
     progress = progress or quiet
     past = any(item.empty for item in compiled.program.signature.inputs)
     loaded = checkpoints.load_model(model, kv_cache=past, progress=progress)
+    known = [item.name for item in compiled.program.signature.inputs]
+    if not past and not set(loaded.example_inputs) & set(known):
+        raise InputError(
+            f"{model} is not what {out} was compiled from: it takes {', '.join(loaded.example_inputs)}, and {out} "
+            f"takes {', '.join(known)}; give the model that it was compiled from"
+        )
     return compiled.compare(loaded.model, _inputs(loaded, out, text, data, windows, length), progress=progress)
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.cli_options import Json, Overwrite, note, print_json
-from fxquant.errors import ConfigError, SaveError, near
+from fxquant.cli_options import Json, Overwrite, check_file, note, print_json
+from fxquant.errors import SaveError
 
 if TYPE_CHECKING:
     from fxquant.config import Config, Recipe
@@ -89,19 +89,19 @@ def init(
 def _check_place(out: Path, schema: Path | None, text: str, overwrite: bool) -> None:
     """Raise an error for a file that is no YAML, or for one that is there and is not to be replaced."""
     if out.suffix.lower() not in (".yaml", ".yml"):
-        raise typer.BadParameter(f"{out} is no .yaml or .yml file, which comments need")
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists already; choose another file, or give --overwrite")
+        name = out.with_suffix(".yaml").name
+        raise typer.BadParameter(f"{out} is no .yaml or .yml file, which comments need; name it {name}")
+    check_file(out, overwrite)
     if schema is not None and schema.exists() and not overwrite and schema.read_bytes() != text.encode():
         raise SaveError(f"{schema} exists already and is another; give --overwrite to replace it")
 
 
 def _recipe(name: str) -> Recipe:
-    from fxquant.config import RECIPES
+    from fxquant.config import RECIPES, unknown_recipe
 
     found = {key.lower(): recipe for key, recipe in RECIPES.items()}.get(name.lower())
     if found is None:
-        raise ConfigError(f"unknown recipe {name!r}{near(name.upper(), RECIPES)}; expected one of {', '.join(RECIPES)}")
+        raise unknown_recipe(name)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.cli_options import Json, load, note, print_json, tokenizer_in
+from fxquant.cli_options import Json, load, note, print_json, tokenizer_in, within_context
 from fxquant.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def generate(
     if threads:
         torch.set_num_threads(threads)
     if not (out / "graph.json").is_file() and not is_packed(out):
-        raise ModelError(f"{out} is no compiled model; give a folder that fxquant compile wrote")
+        load(out)  # says what it is instead
     words = tokenizer_in(tokenizer or out, out)
     ids = loop.prompt_ids(words, prompt, chat=chat)
     engine = _engine(out, onnx, threads, activation_bits)
@@ -68,17 +68,21 @@ def generate(
             yield token
 
     parts = []
-    for part in loop.pieces(words, ids, kept()):
-        parts.append(part)
-        if not as_json:
-            typer.echo(part, nl=False)
+    with within_context(onnx or out, f"{len(ids)} tokens of prompt and {most} new ones", "--max-new-tokens"):
+        try:
+            for part in loop.pieces(words, ids, kept()):
+                parts.append(part)
+                if not as_json:
+                    typer.echo(part, nl=False)
+        finally:
+            if parts and not as_json:
+                typer.echo()
     if as_json:
         print_json({
             "text": "".join(parts), "tokens": tokens, "prompt_tokens": len(ids), "kv_cache": engine.cached,
             "prompt_tokens_per_second": speed.prompt_rate, "tokens_per_second": speed.step_rate,
         })  # fmt: skip
         return
-    typer.echo()
     typer.echo(
         f"\n{len(ids)} tokens of prompt at {speed.prompt_rate:.1f} a second, {len(tokens)} new ones at "
         f"{speed.step_rate:.1f} a second", err=True,

@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fxquant.cli_options import Json, Overwrite, language_model, note, open_model, print_json, read_text
-from fxquant.errors import InputError, SaveError
+from fxquant.cli_options import (
+    Json,
+    Overwrite,
+    check_file,
+    check_language_model,
+    check_specs,
+    language_model,
+    note,
+    open_model,
+    print_json,
+    read_text,
+    within_context,
+)
+from fxquant.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,15 +106,22 @@ def _on_text(
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """The figures on windows of a text, and the lines that tell them."""
     from fxquant import evaluate
+    from fxquant.show.units import plural
 
     call, words = language_model(model, tokenizer, progress)
     tokens = evaluate.text_windows(words, text, length=length)[-count:]
     more: dict[str, Any] = {}
     told: list[str] = []
-    if against is None:
-        found = evaluate.perplexity(call, tokens, progress=progress)
-    else:
-        result = evaluate.compare(call, open_model(against, progress)[0], tokens, progress=progress)
+    other = None
+    if against is not None:
+        other = open_model(against, progress)[0]
+        check_language_model(other, against)
+    with within_context(model, f"windows of {length} tokens", "--length"):
+        if other is None:
+            found = evaluate.perplexity(call, tokens, progress=progress)
+        else:
+            result = evaluate.compare(call, other, tokens, progress=progress)
+    if other is not None:
         found = result.perplexity
         more = {"against": {"model": str(against), **result.to_dict()}}
         told = [
@@ -113,7 +132,7 @@ def _on_text(
             f"  KL divergence     {_figure(result.kl)} nats",
         ]
     figures = {"perplexity": found.value, "nll": found.nll, "tokens": found.tokens, "windows": len(tokens)}
-    line = f"perplexity {found.value:.4f} ({found.tokens} tokens, {len(tokens)} windows of {length})"
+    line = f"perplexity {found.value:.4f} ({found.tokens} tokens, {plural(len(tokens), 'window')} of {length})"
     return {**figures, "length": length, **more}, [line, *told]
 
 
@@ -193,6 +212,7 @@ def sensitivity(
     from fxquant.show.html import write_page
 
     settings = load_config(config)
+    check_file(svg)
     with progress_bars() as progress:
         loaded = checkpoints.load_model(model, progress=progress)
         given = _batches(loaded, text, data, windows, length)
@@ -298,9 +318,9 @@ def allocate(
     from fxquant.show.html import write_page
 
     if out.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise typer.BadParameter(f"{out} is no .yaml or .json file")
-    if out.exists() and not overwrite:
-        raise SaveError(f"{out} exists already; choose another file, or give --overwrite")
+        raise typer.BadParameter(f"{out} is no .yaml or .json file; name it {out.with_suffix('.yaml').name}")
+    check_file(out, overwrite)
+    check_specs(candidate)
     with progress_bars() as progress:
         loaded = checkpoints.load_model(model, progress=progress)
         given = _batches(loaded, text, data, windows, length)
@@ -360,12 +380,12 @@ def _print_plan(plan: Plan, figures: dict[str, dict[str, Any]]) -> None:
     print_table(columns, rows, right=columns[2:5])
     fits = {True: "yes", False: "no"}
     uniform = [
-        (u.spec, f"{u.bits:.4f}", f"{u.loss:.4f}", fits[u.fits]) for u in sorted(plan.uniform, key=lambda u: u.bits)
+        (u.spec, f"{u.bits:.4f}", f"{u.loss:.4g}", fits[u.fits]) for u in sorted(plan.uniform, key=lambda u: u.bits)
     ]
     typer.echo("\nall layers the same:")
     print_table(("weight", "bits", what, "within the budget"), uniform, right=("bits", what))
-    sure = "no choice is better" if plan.exact else f"no choice is below {plan.bound:.4f}"
-    typer.echo(f"\nthis choice: {plan.bits:.4f} bits a weight, {what} {plan.loss:.4f} ({sure} by this prediction)")
+    sure = "no choice is better" if plan.exact else f"no choice is below {plan.bound:.4g}"
+    typer.echo(f"\nthis choice: {plan.bits:.4f} bits a weight, {what} {plan.loss:.4g} ({sure} by this prediction)")
     if figures:
         told = ", ".join(f"{name} {value:.4f}" for name, value in figures["check"].items() if value is not None)
         typer.echo(f"measured, rounded to nearest: {told}")

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from fxquant.cli_export import Format, checkpoint, format_of
-from fxquant.cli_options import Json, Overwrite, load, note, print_json
-from fxquant.errors import SaveError
+from fxquant.cli_options import Json, Overwrite, check_file, load, note, print_json
 
 
 class Operators(StrEnum):
@@ -110,8 +109,11 @@ def export(
     from fxquant.show.console import progress_bars
     from fxquant.show.units import size
 
-    if path.exists() and not overwrite:
-        raise SaveError(f"{path} exists already; choose another file, or give --overwrite")
+    if format is None and path.suffix.lower() != ".onnx":
+        raise typer.BadParameter(
+            f"{path} ends neither in .onnx nor in .gguf; name it {path.with_suffix('.onnx').name}, or say --format"
+        )
+    check_file(path, overwrite)
     compiled = load(out)
     with progress_bars() as progress:
         compiled.export_onnx(

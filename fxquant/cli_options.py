@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from fxquant.errors import InputError, ModelError, SaveError
+from fxquant.errors import FormatError, FxquantError, InputError, ModelError, SaveError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,11 +54,12 @@ def check_hf(settings: Config, out: Path, kv_cache: bool, overwrite: bool) -> No
 
 def save_hf(loaded: LoadedModel, out: Path) -> None:
     """Write the model, which ``quantize_`` has been run on, its tokenizer and a README.md to the folder ``out``."""
-    from fxquant import hf
+    from fxquant import checkpoints, hf
 
     if (out / "README.md").exists():
         note(f"{out / 'README.md'} was there before and stays as it is")
-    hf.save(loaded.model.to(loaded.dtype), out, tokenizer=loaded.tokenizer)
+    with checkpoints.no_bars(checkpoints.transformers()):
+        hf.save(loaded.model.to(loaded.dtype), out, tokenizer=loaded.tokenizer)
 
 
 def load(out: Path) -> CompiledModel:
@@ -68,7 +71,45 @@ def load(out: Path) -> CompiledModel:
             f"{out} is a Hugging Face folder with packed weights, which holds no graph; fxquant eval and fxquant "
             f"generate take it. For everything else compile the float model again, without --format hf"
         )
+    if not (out / "graph.json").exists() and (why := _not_compiled(out)):
+        raise ModelError(why)
     return pipeline.load(out)
+
+
+def _not_compiled(path: Path) -> str:
+    """What ``path`` is instead of a compiled model and what to do, where that is known; else nothing."""
+    if (path / "config.json").is_file() or path.suffix == ".gguf":
+        return f"{path} is a model that is not compiled; compile it first: fxquant compile {path} -o OUT"
+    if path.is_file() and (path.parent / "graph.json").is_file():
+        return f"{path} lies in a compiled model; give its folder, {path.parent}"
+    if path.suffix == ".onnx" and path.is_file():
+        return f"{path} is an ONNX file, which fxquant inspect and eval take; give the folder that it was exported from"
+    return ""
+
+
+def check_file(path: Path | None, overwrite: bool = True) -> None:
+    """Raise a SaveError, before any work, for a file that cannot be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise SaveError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise SaveError(f"{path} exists already; choose another file, or give --overwrite")
+    if not path.parent.is_dir():
+        raise SaveError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise SaveError(f"cannot write {path}: the folder {path.parent} is read-only for you; choose another")
+
+
+def check_specs(candidates: list[str] | None) -> None:
+    """Raise, before any work, for a ``--candidate`` that is no spec."""
+    from fxquant.scheme import parse_spec
+
+    for text in candidates or ():
+        try:
+            parse_spec(text)
+        except FormatError as error:
+            raise typer.BadParameter(f"--candidate {text}: {error}") from error
 
 
 def calibration_data(settings: Config, loaded: LoadedModel, path: Path | None) -> Tensor | None:
@@ -81,7 +122,10 @@ def calibration_data(settings: Config, loaded: LoadedModel, path: Path | None) -
             note(f"no method of this config needs data: {path} is not used")
         return None
     if loaded.tokenizer is None:
-        raise InputError(f"{loaded.name} came without a tokenizer; compile it in Python, with calibration=batches")
+        raise InputError(
+            f"{settings.needs_data()} needs calibration data, which this command makes of text, and {loaded.name} came "
+            f"without a tokenizer; compile it in Python with calibration=batches, or take a recipe without such methods"
+        )
     length = min(512, getattr(loaded.model.config, "max_position_embeddings", 512))
     windows = calibration_windows(loaded.tokenizer, text, length=length)
     source = path or "text that comes with Python; give your own with --calibration FILE"
@@ -108,12 +152,49 @@ def open_model(model: Path, progress: Progress) -> tuple[Any, Any | None]:
 def language_model(model: Path, tokenizer: Path | None, progress: Progress) -> tuple[Any, Any]:
     """What to call with ``input_ids``, and its tokenizer."""
     call, words = open_model(model, progress)
+    check_language_model(call, model)
     if tokenizer is None and words is None and (model / "config.json").is_file():
         raise InputError(f"{model} came without a tokenizer; give one with --tokenizer FOLDER")
     if tokenizer is not None or words is None:
         compiled = model if (model / "graph.json").is_file() else None
         words = tokenizer_in(tokenizer or compiled, model)
     return call, words
+
+
+@contextmanager
+def within_context(model: Path, what: str, option: str) -> Iterator[None]:
+    """What a model raises for more tokens than it has positions, as an InputError: ``option`` takes fewer."""
+    try:
+        yield
+    except FxquantError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        if not isinstance(error, (IndexError, RuntimeError)) and not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise InputError(
+            f"{model} cannot be run on {what} ({type(error).__name__}: {str(error)[:300]}); if that is more than it "
+            f"has positions for, give a smaller {option}"
+        ) from error
+
+
+def check_language_model(call: Any, model: Path) -> None:
+    """Raise an InputError for what takes no tokens."""
+    import inspect
+
+    from torch import nn
+
+    from fxquant.compiled import CompiledModel
+
+    if isinstance(call, CompiledModel):
+        takes = [item.name for item in call.program.signature.inputs]
+    else:
+        takes = list(inspect.signature(call.forward).parameters) if isinstance(call, nn.Module) else call.inputs
+    if "decoder_input_ids" in takes:
+        raise InputError(f"{model} is an encoder-decoder, whose perplexity on plain text says nothing; give its inputs "
+                         f"with --data FILE, and the float model with --against")  # fmt: skip
+    if "input_ids" not in takes:
+        raise InputError(f"{model} takes {', '.join(takes[:3])} and no input_ids: it is no language model; give its "
+                         f"inputs with --data FILE")  # fmt: skip
 
 
 def tokenizer_in(folder: Path | None, model: Path) -> Any:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxquant.cli_options import Json, Overwrite, note, print_json, read_text
-from fxquant.errors import InputError, SaveError
+from fxquant.cli_options import Json, Overwrite, check_file, check_specs, note, print_json, read_text
+from fxquant.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,7 @@ def recommend(
 
     target, loss = _goal(target_size, max_ppl, max_error)
     _check_place(out, overwrite)
+    check_specs(candidate)
     told: list[Measured] = []
     try:
         with progress_bars() as progress:
@@ -110,6 +111,8 @@ def _goal(size: str | None, max_ppl: str | None, max_error: float | None) -> tup
         raise typer.BadParameter("give one goal: --target-size 90MB, --max-ppl +2% or --max-error 0.05")
     if size is not None:
         return parse_size(size), None
+    if max_error is not None and max_error <= 0:
+        raise typer.BadParameter(f"--max-error {max_error}: expected more than 0, such as 0.05 for 5 %")
     if max_ppl is None:
         return None, max_error
     match = re.fullmatch(r"\s*\+?(\d+(?:\.\d+)?)\s*%\s*", max_ppl)
@@ -128,9 +131,8 @@ def parse_size(text: str) -> int:
 
 def _check_place(out: Path | None, overwrite: bool) -> None:
     if out is not None and out.suffix.lower() not in (".yaml", ".yml", ".json"):
-        raise typer.BadParameter(f"{out} is no .yaml or .json file")
-    if out is not None and out.exists() and not overwrite:
-        raise SaveError(f"{out} exists already; choose another file, or give --overwrite")
+        raise typer.BadParameter(f"{out} is no .yaml or .json file; name it {out.with_suffix('.yaml').name}")
+    check_file(out, overwrite)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

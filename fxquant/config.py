@@ -243,25 +243,45 @@ def load_config(config: ConfigLike) -> Config:
     path = Path(config)
     if path.suffix.lower() in _LOADERS:
         return _from_file(path)
-    raise ConfigError(
-        f"unknown recipe {str(config)!r}{near(str(config).upper(), RECIPES)}; expected one of {', '.join(RECIPES)}, "
-        f"or a path that ends in {', '.join(_LOADERS)}"
+    suffixes = ", ".join(_LOADERS)
+    if path.exists():
+        kind = "a folder" if path.is_dir() else "a file of another kind"
+        raise ConfigError(
+            f"config {str(path)!r} is {kind}; expected a recipe's name, or a path that ends in {suffixes}"
+        )
+    raise unknown_recipe(str(config), f", or a path that ends in {suffixes}")
+
+
+def unknown_recipe(name: str, more: str = "") -> ConfigError:
+    """The error for a name that no recipe has: those that are near, and where all are listed."""
+    return ConfigError(
+        f"unknown recipe {name!r}{near(name.upper(), RECIPES)}; expected one of the {len(RECIPES)} that the command "
+        f"fxquant recipes lists{more}"
     )
 
 
 def _from_file(path: Path) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"config {str(path)!r} does not exist; give a file that is there, or a recipe's name (fxquant recipes "
+            f"lists them); fxquant config init MODEL writes one for a model"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read config {str(path)!r}: {error}") from error
+        raise ConfigError(f"cannot read config {str(path)!r}: {error}; give a file of UTF-8 text") from error
     kind = path.suffix.lower()
     try:
         data = _LOADERS[kind](text)
         root = None if kind == ".toml" else places.tree(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"config {str(path)!r} is not valid {path.suffix[1:].upper()}: {error}") from error
+        at, why = places.syntax_error(error)
+        raise ConfigError(f"{path}{at}: this is not valid {path.suffix[1:].upper()}: {why}") from error
     if not isinstance(data, Mapping):
-        raise ConfigError(f"config {str(path)!r} holds a {type(data).__name__}; expected a mapping with the key rules")
+        holds = "is empty" if data is None else f"holds a {type(data).__name__} and no mapping"
+        raise ConfigError(
+            f"config {str(path)!r} {holds}; expected the key rules: fxquant recipes NAME prints a whole one"
+        )
     if root is not None:
         places.check_keys(root, str(path))
     return _validated({key: value for key, value in data.items() if key != "$schema"}, str(path), root)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.errors import InputError, near
+from fxquant.errors import InputError
 from fxquant.graph import TensorType, info, type_text
 from fxquant.layers import Layer, find_layers
 from fxquant.ops import ROUNDINGS
@@ -283,12 +283,12 @@ def _scaled(trace: Sequence[Step], reference: Program, layers: Sequence[Layer]) 
 # --- whether it is the same model -------------------------------------------------------------------------------------
 def _check_names(mine: Sequence[LayerSummary], layers: Sequence[Layer]) -> None:
     own, theirs = [q.name for q in mine], [layer.name for layer in layers]
-    for here, there, which in ((own, theirs, "the float model has no layer"), (theirs, own, "it has no layer")):
+    for here, there, which in ((own, theirs, "float"), (theirs, own, "compiled")):
         if missing := [name for name in here if name not in set(there)]:
             count = "" if len(missing) == 1 else f" (and {len(missing) - 1} more)"
             raise InputError(
-                f"the float model is not the one that was compiled: {which} {missing[0]!r}{count}"
-                f"{near(missing[0], there)}; give the model that it was compiled from"
+                f"the float model is not the one that was compiled: the {which} model has no layer "
+                f"{missing[0]!r}{count}; give the model that it was compiled from"
             )
 
 

@@ -461,7 +461,8 @@ class OnnxModel:
         try:
             self.session = (session or plain_session)(path, threads=threads)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise ModelError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}") from error
+            told = f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}"
+            raise ModelError(f"{told}; give a file that fxquant export wrote") from error
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         empty = json.loads(self.metadata.get("empty", "{}"))
         self.declared = tuple(

@@ -96,11 +96,11 @@ class CachedDecoder(nn.Module):
                 got = torch.cat([first["logits"], self(ids[:, 5:], **past)["logits"]], dim=1)
             except Exception as error:  # whatever a model raises that does not take these arguments
                 raise ModelError(f"{name} cannot be run with its KV cache as inputs ({type(error).__name__}: "
-                                 f"{str(error)[:200]}); compile it without: kv_cache=False") from error  # fmt: skip
+                                 f"{str(error)[:200]}); compile without kv_cache (--kv-cache)") from error  # fmt: skip
         if not torch.allclose(got, want, rtol=0, atol=1e-3 * float(want.abs().max())):
             raise ModelError(
                 f"{name} gives other logits with its KV cache as inputs (by {float((got - want).abs().max()):.2g}): "
-                f"its attention is neither full nor of a sliding window; compile it without: kv_cache=False"
+                f"its attention is neither full nor of a sliding window; compile without kv_cache (--kv-cache)"
             )
 
 
@@ -118,7 +118,7 @@ def _check_decoder(model: nn.Module) -> None:
     if missing:
         raise ModelError(
             f"{type(model).__name__} takes no {' and no '.join(sorted(missing))}: it is no decoder with a KV cache, or "
-            f"one that finds positions on its own; compile it without: kv_cache=False"
+            f"one that finds positions on its own; compile without kv_cache (--kv-cache)"
         )
 
 
@@ -135,7 +135,7 @@ def _plain_pasts(model: Any, ids: Tensor) -> tuple[list[tuple[Tensor, Tensor]], 
         kept = "its cache has no layers" if odd is None else f"layer {odd} keeps something else"
         raise ModelError(
             f"{type(model).__name__}: {kept} where keys and values [batch, heads, tokens, width] are needed; compile "
-            f"it without: kv_cache=False"
+            f"without kv_cache (--kv-cache)"
         )
     return pasts, found.logits  # type: ignore[return-value]
 

@@ -191,13 +191,23 @@ def check_rules(rules: Sequence[LayerRule], layers: Sequence[Layer]) -> None:
     for rule in rules:
         if not any(rule.matches(name) for name in names):
             shown = ", ".join(names[:6]) + (f", ... ({len(names)} layers)" if len(names) > 6 else "")
-            raise ConfigError(f"rule {rule.match!r} matches no layer{near(rule.match, names)}; the layers are {shown}")
+            raise ConfigError(
+                f"rule {rule.match!r} matches no layer{_near_rule(rule.match, names)}; the layers are {shown}"
+            )
         if not any(rule.takes(layer.name, layer.type) for layer in layers):
             raise ConfigError(
                 f"rule {rule.match!r} applies to no layer: what it matches is of another type "
                 f"({', '.join(sorted({y.type for y in layers if rule.matches(y.name)}))}); give the exact path of an "
                 f"embedding, or list its type in types"
             )
+
+
+def _near_rule(match: str, names: Sequence[str]) -> str:
+    """Layers near to a path; for a glob such as ``*.q_porj``, the same with a layer's last name that is near."""
+    head, dot, last = match.rpartition(".")
+    if "*" not in head or "*" in last:
+        return near(match, names)
+    return near(match, [f"{head}{dot}{name}" for name in dict.fromkeys(name.rpartition(".")[2] for name in names)])
 
 
 def _example(program: Program, example_inputs: Any) -> list[Any] | None:

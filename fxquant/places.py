@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 
 import yaml
@@ -38,6 +39,16 @@ def place(root: yaml.Node, location: Sequence[str | int]) -> Place:
             node = node.value[part]
             mark = node.start_mark
     return mark.line + 1, mark.column + 1
+
+
+def syntax_error(error: Exception) -> tuple[str, str]:
+    """Where a text cannot be read, as ``:line:column`` or nothing, and why, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f":{mark.line + 1}:{mark.column + 1}", " ".join(filter(None, (error.problem, error.context)))
+    if isinstance(error, json.JSONDecodeError):
+        return f":{error.lineno}:{error.colno}", error.msg
+    return "", " ".join(str(error).split())
 
 
 def check_keys(root: yaml.Node, where: str) -> None:

@@ -158,6 +158,10 @@ def _more(count: int) -> str:
 
 
 # --- finding it -------------------------------------------------------------------------------------------------------
+_INPUTS = 4
+"""So many inputs are named that only one of the models has: a KV cache has two for every layer."""
+
+
 def compare_models(a: Model, b: Model, names: tuple[str, str] = ("a", "b")) -> ModelDifference:
     """What differs between two compiled models, of different configs or of the same; nothing is run."""
     summaries = summarize(a.program), summarize(b.program)
@@ -230,9 +234,10 @@ def _reasons(
                f"{list(theirs[first].shape)}")  # fmt: skip
     inputs = [{i.name: str(i.type) for i in p.signature.inputs} for p in (a, b)]
     if inputs[0] != inputs[1]:
-        told = [", ".join(f"{k} {v}" for k, v in own.items() if inputs[1 - i].get(k) != v) or "no others"
-                for i, own in enumerate(inputs)]  # fmt: skip
-        yield f"other inputs: {told[0]} in {names[0]}, {told[1]} in {names[1]}"
+        for i, taken in enumerate(inputs):
+            if only := [f"{name} {kind}" for name, kind in taken.items() if inputs[1 - i].get(name) != kind]:
+                more = f" and {len(only) - _INPUTS} more" if len(only) > _INPUTS else ""
+                yield f"{plural(len(only), 'input')} only in {names[i]}: {', '.join(only[:_INPUTS])}{more}"
 
 
 def _logical(layer: LayerSummary) -> list[int]:
