@@ -21,6 +21,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import fx
 
 from fxquant.codegen.onnx_builder import DEFAULT, Builder, Options, UnsupportedError, is_number, no_kernel, onnx_dtype
+from fxquant.codegen.onnx_complex import ComplexError, in_pairs
 from fxquant.codegen.onnx_file import FILE_LIMIT, MAPPED, writable, write
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, functions
 from fxquant.codegen.onnx_metadata import described
@@ -84,7 +85,10 @@ class _Exporter:
         self.names = {item.name for item in program.signature.inputs} | set(self.results)
 
     def run(self, metadata: Mapping[str, str], progress: Progress) -> ir.Model:
-        nodes = list(self.program.gm.graph.nodes)
+        try:
+            nodes = list(in_pairs(self.program.gm.graph).nodes)
+        except ComplexError as reason:
+            raise ExportError(self.refusal(reason.node, f"cannot be written in ONNX: {reason}")) from reason
         names = iter(self.program.signature.inputs)
         outputs: list[ir.Value] = []
         for done, node in enumerate(nodes):

@@ -101,8 +101,9 @@ def expand_as(b: Builder, x: ir.Value, other: ir.Value) -> ir.Value:
 
 
 def repeat(b: Builder, x: ir.Value, times: Sequence[Arg]) -> ir.Value:
-    missing = len(times) - rank(x)
-    return b.op("Tile", b.unsqueeze(x, *range(missing)) if missing else x, b.sizes(times))
+    missing = len(times) - rank(x)  # below 0 for tile, which may name the last dimensions alone
+    wide = b.unsqueeze(x, *range(missing)) if missing > 0 else x
+    return b.op("Tile", wide, b.sizes([*[1] * -missing, *times]))
 
 
 def repeat_interleave(b: Builder, x: ir.Value, times: int, dim: int | None = None, **_: Any) -> ir.Value:
@@ -283,19 +284,28 @@ def slice_scatter(b: Builder, x: ir.Value, source: ir.Value, dim: int = 0, start
                   step: int = 1) -> ir.Value:  # fmt: skip
     """``x`` with ``source`` in place of a slice: the indices of the slice, then a scatter."""
     every = _range(b, 0, b.size(x, dim), 1, dtype=T.INT64)
-    picked = b.op(
-        "Slice", every, b.sizes([start or 0]), b.sizes([END if end is None else end]), b.axes(0), b.axes(step)
-    )
+    stop = END if end is None else end
+    picked = b.op("Slice", every, b.sizes([start or 0]), b.sizes([stop]), b.axes(0), b.axes(step))
+    return _scattered(b, x, dim, picked, source)
+
+
+def _scattered(b: Builder, x: ir.Value, dim: int, picked: ir.Value, source: ir.Value, **how: str) -> ir.Value:
+    """``x`` with the slices of ``source`` at those indices of one dimension."""
     ones = [1] * rank(x)
     ones[dim] = -1
     shape = b.op("Shape", source, dtype=T.INT64)
     positions = b.op("Expand", b.op("Reshape", picked, b.const(ones)), shape, dtype=T.INT64)
-    return b.op("ScatterElements", x, positions, source, axis=dim)
+    return b.op("ScatterElements", x, positions, source, axis=dim, **how)
+
+
+def index_add(b: Builder, x: ir.Value, dim: int, index: ir.Value, source: ir.Value, *, alpha: float = 1) -> ir.Value:
+    added = source if alpha == 1 else b.op("Mul", source, b.const(alpha, b.dtype))
+    return _scattered(b, x, dim, b.cast(index, T.INT64), added, reduction="add")
 
 
 def select_scatter(b: Builder, x: ir.Value, source: ir.Value, dim: int, position: int) -> ir.Value:
-    end = END if position == -1 else position + 1
-    return slice_scatter(b, x, b.op("Unsqueeze", source, b.axes(dim), dtype=x.dtype), dim, position, end)
+    part = b.op("Unsqueeze", source, b.axes(dim), dtype=x.dtype)
+    return slice_scatter(b, x, part, dim, position, END if position == -1 else position + 1)
 
 
 def triangle(upper: int) -> Converter:
@@ -447,7 +457,7 @@ SHAPE: dict[Any, Converter] = rows(
     (slice_, (aten.slice.Tensor,)),
     (narrow, (aten.narrow.default,)),
     (select, (aten.select.int,)),
-    (concatenate, (aten.cat.default, aten.concat.default)),
+    (concatenate, (aten.cat.default, aten.concat.default, aten.concatenate.default)),
     (join(0), (aten.vstack.default,)),
     (join(1), (aten.hstack.default,)),
     (stack, (aten.stack.default,)),
@@ -460,6 +470,7 @@ SHAPE: dict[Any, Converter] = rows(
     (index_select, (aten.index_select.default,)),
     (scatter, (aten.scatter.src, aten.scatter.value)),
     (scatter_add, (aten.scatter_add.default,)),
+    (index_add, (aten.index_add.default,)),
     (slice_scatter, (aten.slice_scatter.default,)),
     (select_scatter, (aten.select_scatter.default,)),
     (triangle(1), (aten.triu.default,)),

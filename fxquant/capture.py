@@ -260,7 +260,10 @@ def _export_as_told(model: nn.Module, example: Any, dynamic_shapes: Any, about: 
 
 
 def _export_dynamic(model: nn.Module, example: Any, about: dict[str, Any]) -> Program:
-    """With dynamic sizes, save those that the model looks at in a way that cannot be kept as a limit."""
+    """With dynamic sizes, save those that the model looks at in a way that cannot be kept as a limit.
+
+    Where it looks at several at once, the batch is the last to be fixed.
+    """
     static: frozenset[tuple[int, int]] = frozenset()
     while True:
         inputs = copies(example, alias=False)
@@ -271,7 +274,8 @@ def _export_dynamic(model: nn.Module, example: Any, about: dict[str, Any]) -> Pr
         except UnkeptGuardError as error:
             if error.dims <= static:
                 raise no_such_limit(error) from error
-            static |= error.dims
+            others = frozenset((i, d) for i, d in error.dims if d) - static
+            static |= others or error.dims
 
 
 def _from_exported_program(exported: ExportedProgram) -> Program:
@@ -330,14 +334,17 @@ def _capture_error(model: nn.Module, exported: Exception, traced: Exception | No
     """What torch says, where, and what to do; an error of ours is passed on."""
     if isinstance(exported, CaptureError):
         return exported
-    told = f"cannot capture {type(model).__name__}{where(model, exported)}: {_said(exported, 400)}"
+    place = where(model, exported)
+    told = f"cannot capture {type(model).__name__}{place}: {_said(exported, 400)}"
     if traced is not None:
         told += f"\ntorch.fx.symbolic_trace could not either: {_said(traced, 200)}"
     if traced is None and not _CONTROL_FLOW.search(_said(exported, 2000)):
         return CaptureError(f"{told}\nWhat to do: give dynamic_shapes that fit the model's forward, or leave them out")
     advice = ""
-    if hasattr(model, "set_experts_implementation"):
+    if hasattr(model, "set_experts_implementation") and "Experts)" in place:
         advice = "call model.set_experts_implementation('batched_mm') first, which has no loop over the experts; or "
+    if "_apply()" in str(exported):
+        advice += "leave out the module.to(...) at that line, which is made while forward runs; or "
     if _CONTROL_FLOW.search(_said(exported, 2000)):
         advice += (
             "replace data-dependent Python control flow at that line by tensor operators (torch.where, masks), move it "

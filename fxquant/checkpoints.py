@@ -60,8 +60,30 @@ def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress =
     progress("make example inputs", 2, 3)
     model = with_cache(model.eval()) if kv_cache else model.eval()
     inputs = model.example_inputs() if isinstance(model, CachedDecoder) else example_inputs(model)
+    inputs = of_text(inputs, tokenizer)
     progress("load model", 3, 3)
     return LoadedModel(model, tokenizer, inputs, path.stem if path.is_file() else path.resolve().name, quantized, dtype)
+
+
+TEXT = (
+    "The river had been rising since the morning, and by noon the lower fields were under water. Nobody in the village "
+    "was surprised: it had rained for nine days, and the old people said that it would rain for nine more. "
+)
+"""What example inputs of a language model say; errors on tokens that are no text say little of text."""
+
+
+def of_text(inputs: dict[str, Tensor], tokenizer: Any | None) -> dict[str, Tensor]:
+    """The example inputs with a text in the place of made-up token ids, where there is a tokenizer."""
+    ids = inputs.get("input_ids")
+    if tokenizer is None or ids is None or not ids.numel():
+        return inputs
+    try:
+        words = list(tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    except Exception:  # a tokenizer of another kind, which takes no plain text
+        return inputs
+    words = words * (ids.numel() // max(1, len(words)) + 1)
+    text = torch.tensor(words[: ids.numel()]).reshape(ids.shape).to(ids) if words else ids
+    return {**inputs, "input_ids": text}
 
 
 def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, Any | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from fxquant.rewrite import aten
 from fxquant.signature import Input
 
 SIZES = ((2, 16), (1, 1), (3, 37), (1, 64), (4, 8), (2, 2), (8, 128))
-"""Sizes that are tried for the first dynamic dimension and for the others; three that fit are given."""
-_RUNS = 3
+"""Sizes that are tried for the first dynamic dimension and for the others; three that fit are given, or any one."""
+_RUNS, _LONGEST = 3, 4096
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 
 
@@ -27,7 +28,7 @@ def made_up(program: Program, *, seed: int = 0) -> Iterator[Call]:
     dims = [d for item in signature.inputs for d in item.type.shape if isinstance(d, str) and d.isidentifier()]
     names, placeholders = list(dict.fromkeys(dims)), program.gm.graph.find_nodes(op="placeholder")
     runs, seen = 0, set[tuple[int, ...]]()
-    for pair in SIZES:
+    for pair in chain(SIZES, ((2, size) for size in range(1, _LONGEST) if not runs)):
         sizes = {name: pair[min(i, 1)] for i, name in enumerate(names)}
         if pair == (1, 1):  # the first call of a decoder: no past yet
             sizes |= {item.empty: 0 for item in signature.inputs if item.empty}

@@ -73,7 +73,7 @@ def spec_pattern(
 
 
 def _scales(names: Collection[str]) -> str:
-    roundings = {name: SCALES[name].roundings for name in SCALES if name in names}
+    roundings = {name: tuple(filter(None, SCALES[name].roundings)) for name in SCALES if name in names}
     return "|".join(f"{name}(\\.({'|'.join(ways)}))?" if ways else name for name, ways in roundings.items())
 
 

@@ -211,7 +211,7 @@ class DecodedParameter(nn.Module):
         super().__init__()
         self.weight_packed = weight
 
-    def forward(self, original: Tensor) -> Tensor:
+    def forward(self, *originals: Tensor) -> Tensor:
         return self.weight_packed.decode()
 
 
@@ -221,7 +221,7 @@ def write_back(model: nn.Module, program: Program) -> None:
     Raises CaptureError, before any change, for a weight that is no parameter of the model or is packed in two ways,
     ConfigError for rounded inputs of anything but quantized linears, which modules cannot hold.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = weights_of(model)
     nodes, factors = _packed_nodes(program), _factors(program)
     if missing := [name for name in nodes if name not in parameters]:
         raise CaptureError(f"the compiled weights {missing[:3]} are not parameters of {type(model).__name__}")
@@ -231,6 +231,15 @@ def write_back(model: nn.Module, program: Program) -> None:
         weight = _packed_weight(program, node, original.dtype, factors.get(name))
         for other in [n for n, p in parameters.items() if p is original]:  # a tie has several names
             replace(model, other, weight, original, roundings.get(name))
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by all of their names, and the weights that are computed from others, by weight_norm say."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for leaf in getattr(module, "parametrizations", ()):
+            found.setdefault(f"{path}.{leaf}".lstrip("."), getattr(module, leaf))
+    return found
 
 
 def _packed_nodes(program: Program) -> dict[str, fx.Node]:
@@ -323,7 +332,8 @@ def replace(
     if new is not None:
         model.set_submodule(path, new)
         return
-    if parametrize.is_parametrized(module, leaf):  # a module that has two paths
+    if parametrize.is_parametrized(module, leaf):  # by weight_norm, say; or replaced already, by another path
+        _replace_computed(module.parametrizations[leaf], weight)  # type: ignore[index]
         return
     if weight is None:
         delattr(module, leaf)
@@ -333,6 +343,17 @@ def replace(
     table: Any = module.parametrizations[leaf]  # type: ignore[index]
     delattr(table, "original")  # torch keeps it with the model's tensors; here it is nothing, and no checkpoint has it
     table.register_buffer("original", original.new_empty(0), persistent=False)
+
+
+def _replace_computed(parts: Any, weight: PackedWeight | None) -> None:
+    """Have ``parts`` decode its weight; what it was computed from goes. The class of the module stays, for copies."""
+    if weight is None or isinstance(parts[0], DecodedParameter):
+        return
+    for name, original in list(parts.named_parameters()):
+        delattr(parts, name)
+        parts.register_buffer(name, original.new_empty(0), persistent=False)
+    del parts[1:]
+    parts[0] = DecodedParameter(weight)
 
 
 def _quantized(module: nn.Module, weight: PackedWeight | None, rounding: RoundedInput | None) -> nn.Module | None:

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from fxquant import packing
 from fxquant.encoding import MalformedError, decode_number, decode_spec, fields, items, text, whole
 from fxquant.errors import FormatError, LoadError
-from fxquant.modules import PackedWeight, Quantized, QuantizedLinear, RoundedInput, is_linear, replace
+from fxquant.modules import PackedWeight, Quantized, QuantizedLinear, RoundedInput, is_linear, replace, weights_of
 from fxquant.qtensor import check_scale
 from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
@@ -221,7 +221,7 @@ def build(model: nn.Module, table: Table) -> dict[str, Entry]:
     Returns the entries by the path of their tensors. LoadError, before any change, for a weight that the model has not
     or has in another shape.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = weights_of(model)
     for name, entry in table.items():
         if name not in parameters:
             raise LoadError(f"quantization_config: {type(model).__name__} has no weight {name!r}, which is said to be "

@@ -1,12 +1,13 @@
 """normalize: one spelling for each thing, so that every later pattern matches once.
 
 Arguments become positional with defaults filled in, operators without effect disappear, products with a constant
-matrix become ``linear``. No value changes in any bit.
+matrix become ``linear``, and a weight that is normed anew at every call is computed once. No value changes in any bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx
 from fxquant.graph import NodeInfo, TensorType, info, set_info
 from fxquant.layers import find_layers, other_uses, swaps_matrix
 from fxquant.program import Pass, Program
-from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch, get_attrs
+from fxquant.rewrite import Call, Decline, Log, Match, Rule, Var, apply_rules, aten, fetch, free_name, get_attrs
 
 _END = 2**63 - 1
 
@@ -59,6 +60,18 @@ def drop_noop(match: Match) -> fx.Node | Decline:
     return match["x"]  # type: ignore[no-any-return]
 
 
+def drop_copy(match: Match) -> fx.Node | Decline:
+    """What ``into[:, 1:] = x`` leaves of itself in functional form: x in the dtype and the size of ``into``."""
+    into, x = match["into"], match["x"]
+    mine, wanted = info(x).type, info(match.node).type
+    if not isinstance(mine, TensorType) or not isinstance(wanted, TensorType):
+        return Decline("the types of a copy are not known")
+    if mine.dtype != wanted.dtype:
+        x = match.call(aten.to.dtype, x, wanted.dtype, False, False, None)
+        set_info(x, replace(info(match.node), type=TensorType(wanted.dtype, mine.shape)))
+    return x if mine.shape == wanted.shape else match.call(aten.expand_as.default, x, into)
+
+
 def _same_type(match: Match) -> bool:
     x = match["x"]
     return isinstance(x, fx.Node) and info(x).type is not None and info(x).type == info(match.node).type
@@ -100,6 +113,20 @@ def product_from_einsum(match: Match) -> fx.Node | Decline:
     return match.call(aten.linear.default, x, w if swapped else _transposed(match, w), None)
 
 
+def fold_weight_norm(match: Match) -> fx.Node | Decline:
+    """The weight ``g v / ||v||`` of a module under ``weight_norm`` as a constant of its own, which makes it a layer."""
+    v, g = match["v"], match["g"]
+    name = free_name(match.gm, f"{_owner(str(v.target))}weight")
+    value = aten._weight_norm(_value(match, v), _value(match, g), *match.node.args[2:])
+    return match.constant(name, value)
+
+
+def _owner(name: str) -> str:
+    """Where the parts of a weight come from: ``conv.`` for ``conv.parametrizations.weight.original0``."""
+    owner = name.partition("parametrizations.")[0] if "parametrizations." in name else name.rpartition(".")[0]
+    return owner + "." if owner and not owner.endswith(".") else owner
+
+
 def _transposed(match: Match, weight: fx.Node) -> fx.Node:
     """``weight`` with its last two dimensions swapped, as a view: F.linear swaps them back; the same product runs."""
     value = _value(match, weight)
@@ -128,6 +155,10 @@ def _constant_operand(match: Match) -> bool:
     return len(operands) == 2 and any(_is_constant(match, operands[1], rank) for rank in (2, 3))
 
 
+def _constant_parts(match: Match) -> bool:
+    return all(isinstance(part, fx.Node) and part.op == "get_attr" for part in (match["v"], match["g"]))
+
+
 def _has_bias(match: Match) -> bool:
     return "b" not in match.captured or _is_constant(match, match["b"], 1)
 
@@ -143,6 +174,7 @@ RULES = (
          drop_noop, where=_same_type),  # to(x: float32, float32) -> x
     Rule(Call((aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default), _x),
          drop_noop, where=_is_eval),  # dropout(x, p, train=False) -> x
+    Rule(Call(aten.copy.default, Var("into"), _x), drop_copy),  # copy(into, x) -> x as large as into
     Rule(Call(aten.slice.Tensor, _x, Var("dim"), 0, _END, 1), drop_noop, where=_is_whole),  # x[:] -> x
     Rule(Call(aten.addmm.default, _b, _x, _w),
          linear_from_product, where=_constant_matrix),  # b + x W -> linear(x, W^T, b)
@@ -154,6 +186,8 @@ RULES = (
          linear_from_swapped_product, where=_swapped_matrix),  # x W^T -> linear(x, W)
     Rule(Call(aten.einsum.default, Var("equation"), Var("operands")),
          product_from_einsum, where=_constant_operand),  # einsum("bi,oi->bo", x, W) -> linear(x, W)
+    Rule(Call(aten._weight_norm.default, Var("v"), Var("g")),
+         fold_weight_norm, where=_constant_parts),  # _weight_norm(v, g) -> its value
 )  # fmt: skip
 
 NORMALIZE = Pass(

@@ -348,6 +348,20 @@ def test_experts_in_a_loop_say_how_to_batch_them() -> None:
         capture(model, {"input_ids": ids(2, 8)})
 
 
+def test_advice_about_experts_is_for_their_loop_alone() -> None:
+    """A transformers model that fails elsewhere is told what helps there."""
+
+    class Moved(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            self.lm_head = self.lm_head.to(torch.float32)
+            return self.lm_head(self.model(input_ids).last_hidden_state)
+
+    model = Moved(transformers.LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
+    with pytest.raises(CaptureError, match=r"What to do: leave out the module.to") as raised:
+        capture(model, {"input_ids": ids(2, 8)})
+    assert "set_experts" not in str(raised.value)
+
+
 def test_what_is_no_model() -> None:
     with torch.device("meta"):
         model = nn.Linear(4, 4)

@@ -51,11 +51,11 @@ def test_the_entry_point_names_the_backend() -> None:
 
 
 def test_a_decoder_computes_what_compile_makes_and_sizes_may_vary() -> None:
-    model = tiny_decoder()
+    model = tiny_decoder(num_hidden_layers=1)
     run, made = compiled(model, config="W6A16-E3M2")
     reference = fxquant.compile(model, {"input_ids": torch.arange(32).reshape(2, 16)}, "W6A16-E3M2")
     with torch.no_grad():
-        for length in (16, 12, 9, 21):
+        for length in (16, 12, 21):
             ids = torch.randint(0, 64, (2, length))
             assert torch.equal(run(input_ids=ids).logits, reference(input_ids=ids)["logits"])
     assert len(made) == 2  # as it was first, then with the length dynamic
@@ -64,12 +64,12 @@ def test_a_decoder_computes_what_compile_makes_and_sizes_may_vary() -> None:
 
 
 def test_weights_are_packed_in_what_runs() -> None:
-    model = tiny_decoder()
+    model = tiny_decoder(num_hidden_layers=1)
     run, made = compiled(model, config={"rules": [{"match": "*.mlp.*", "weight": "e2m1/group16"}]})
     with torch.no_grad():
         run(input_ids=torch.randint(0, 64, (2, 8)))
     held = tensors(made[0].program.gm)
-    names = [f"model.layers.{i}.mlp.{p}_proj" for i in (0, 1) for p in ("gate", "up", "down")]
+    names = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")]
     for name in names:
         weight = model.get_submodule(name).weight
         assert held[f"{name}.weight_packed"].nbytes * 8 == weight.nbytes
@@ -86,7 +86,7 @@ def test_convolutions_and_positional_inputs() -> None:
 
 
 def test_methods_that_need_data_take_it() -> None:
-    model = tiny_decoder()
+    model = tiny_decoder(num_hidden_layers=1)
     windows = torch.randint(0, 64, (8, 16))
     config = {"rules": [{"match": "*", "weight": "int4/group16"}], "passes": ["gptq"]}
     run, made = compiled(model, config=config, calibration=windows, dynamic=True)

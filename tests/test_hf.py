@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.capture import capture
+from fxquant.checkpoints import TEXT, of_text
 from fxquant.errors import ModelError
 from fxquant.hf import LoadedModel, load_model
 
@@ -266,3 +267,18 @@ def test_minilm_is_captured_without_difference() -> None:
     inputs = dict(loaded.tokenizer(["a short text", "and one that is longer"], padding=True, return_tensors="pt"))
     inputs.pop("token_type_ids", None)
     assert torch.equal(program(**inputs).last_hidden_state, logits(loaded.model, inputs))
+
+
+def test_example_inputs_of_a_language_model_are_text() -> None:
+    ids = torch.arange(32).reshape(2, 16)
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [len(word) for word in text.split()]}
+
+    found = of_text({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer)
+    words = [len(word) for word in TEXT.split()]
+    assert found["input_ids"].flatten().tolist() == words[:32]
+    assert found["input_ids"].dtype == ids.dtype
+    assert of_text({"input_ids": ids}, None)["input_ids"] is ids
+    assert of_text({"input_ids": ids}, lambda text, **_: {}["none"])["input_ids"] is ids

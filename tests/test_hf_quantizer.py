@@ -69,6 +69,11 @@ def vit() -> Any:
     return hf.ViTForImageClassification(hf.ViTConfig(**SMALL, image_size=16, patch_size=4, num_labels=5))
 
 
+def wav2vec2() -> Any:  # one convolution is under weight_norm
+    small = {"conv_dim": (8,) * 7, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 9}
+    return hf.Wav2Vec2ForCTC(hf.Wav2Vec2Config(**SMALL, **small))
+
+
 def mixtral() -> Any:
     return hf.MixtralForCausalLM(
         hf.MixtralConfig(**WORDS, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
@@ -96,6 +101,7 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     [
         (llama, "NVFP4", torch.bfloat16), (gpt2, EVERYTHING, torch.float32), (bart, EVERYTHING, torch.float32),
         (vit, EVERYTHING, torch.bfloat16), (mixtral, EVERYTHING, torch.bfloat16),
+        (wav2vec2, EVERYTHING, torch.float32),
     ],
 )  # fmt: skip
 def test_a_saved_model_gives_the_same_bits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,18 @@ def test_the_fast_path_of_torch_runs_on_packed_weights(make: Callable[[], nn.Mod
     with torch.set_grad_enabled(grad):
         assert close(model(x), compiled(x))
     assert [q.name for q in compiled.summary().layers if q.spec is None] == []
+
+
+def test_a_weight_under_weight_norm_is_replaced_by_its_value() -> None:
+    norm = nn.utils.parametrizations.weight_norm
+    model, x = nn.Sequential(norm(nn.Conv1d(8, 6, 3, groups=2)), norm(nn.Linear(8, 4))), torch.randn(2, 8, 10)
+    other = copy.deepcopy(model)
+    compiled = fxquant.quantize_(model, EVERYTHING, (x,))
+    assert [layer.name for layer in compiled.summary().quantized] == ["0", "1"]
+    with torch.no_grad():
+        assert close(model(x), compiled(x))
+        assert not close(model(x), other(x))  # which shares the class of its modules
+    assert {name: p.numel() for name, p in model.named_parameters() if p.numel()} == {"0.bias": 6, "1.bias": 4}
 
 
 class Everything(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from fxquant.capture import capture
 from fxquant.dims import condition_names, holds
 from fxquant.encoding import MalformedError, decode_signature, encode_signature
 from fxquant.errors import CaptureError, InputError
+from fxquant.sizes import UnkeptGuardError
 
 Branch = Callable[[Tensor, Tensor], Tensor]
 
@@ -154,3 +156,21 @@ def test_conditions(condition: str, sizes: dict[str, int], value: bool) -> None:
 def test_conditions_that_are_none(condition: Any) -> None:
     with pytest.raises(ValueError, match=r"comparison|divides by zero|unknown dimension|unexpected"):
         holds(condition, {"batch": 2})
+
+
+def test_of_sizes_that_are_looked_at_together_the_batch_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mamba-2 cuts sequences into chunks, with a guard that no condition can say: ``Eq(a, b) | Eq(Mod(a, b), 0)``."""
+    module = importlib.import_module("fxquant.capture")
+    convert, asked = module.from_export, list[tuple[Any, ...]]()
+
+    def chunked(exported: Any, **about: Any) -> Any:
+        program = convert(exported, **about)
+        asked.append(program.signature.inputs[0].type.shape)
+        if "sequence" in asked[-1]:
+            raise UnkeptGuardError("Eq(batch*sequence, 8) | Eq(Mod(batch*sequence, 8), 0)", frozenset({(0, 0), (0, 1)}))
+        return program
+
+    monkeypatch.setattr(module, "from_export", chunked)
+    program = capture(nn.Linear(4, 4), (torch.randn(2, 16, 4),))
+    assert asked == [("batch", "sequence", 4), ("batch", 16, 4)]
+    assert program.signature.inputs[0].type.shape == ("batch", 16, 4)

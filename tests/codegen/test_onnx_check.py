@@ -99,6 +99,22 @@ def test_made_up_inputs_fit(tmp_path: Path) -> None:
     assert {call["x"].shape[0] for _, call in made_up(program)} == {2, 3, 4}
 
 
+def test_made_up_inputs_of_a_size_that_is_not_among_the_usual_ones() -> None:
+    class Patches(nn.Module):
+        """Positions for 5 patches of 8: 40 to 47 steps, as the Audio Spectrogram Transformer has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.embed = nn.Parameter(torch.randn(5, 4)), nn.Conv1d(3, 4, 8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.embed(x.transpose(1, 2)).transpose(1, 2) + self.positions
+
+    program = compiled(Patches(), (torch.randn(2, 41, 3),))
+    (((), call),) = made_up(program)
+    assert 40 <= call["x"].shape[1] <= 47
+
+
 def test_shapes_and_not_a_numbers() -> None:
     nan, inf = float("nan"), float("inf")
     same = torch.tensor([[1.0, nan, inf]])

@@ -143,6 +143,7 @@ SHAPES: list[Case] = [
     ("permute", lambda x: (x.permute(0, 2, 3, 1), x.transpose(-1, 1), x.mT, torch.movedim(x, 1, -1)), (IMAGE,)),
     ("expand", lambda x: (x.unsqueeze(1).expand(-1, 4, -1), x[:1].expand(3, 5), x[:1].expand_as(x)), (X,)),
     ("repeat", lambda x: (x.repeat(2, 1, 3), x.repeat_interleave(2, dim=1), x.repeat_interleave(3)), (X,)),
+    ("tile", lambda x: (x.tile(2), x.tile(2, 3), x.tile(2, 1, 2)), (X,)),
     ("roll", lambda x: (x.roll(2, 1), x.roll((1, -1), (0, 1)), x.flip(0, 1)), (X,)),
     ("slice", lambda x: (x[:, 1:-1], x[:, ::2], x[1:], x[..., -3:], x.narrow(1, 1, 2), x[:, 3], x[-1]), (X,)),
     (
@@ -150,6 +151,7 @@ SHAPES: list[Case] = [
         lambda x, i: (torch.cat([x, i], 1), torch.stack([x, x], 1), torch.hstack([x, x]), torch.vstack([x, x[:1]])),
         (X, INTS),
     ),
+    ("concatenate", lambda x: torch.concatenate([x, x], -1), (X,)),
     ("split", lambda x: (*x.split(2, 1), *x.split([1, 4], 1), *x.chunk(2, 1), *x.tensor_split(3, 1)), (X,)),
     ("unbind", lambda x: x.unbind(1), (X,)),
     ("index rows", lambda x, r: (x[r], x[:, r]), (X, ROWS)),
@@ -165,6 +167,11 @@ SHAPES: list[Case] = [
         "scatter",
         lambda x, i: (x.scatter(1, i, x), x.scatter(1, i, 2.0), x.scatter_add(1, i, x)),
         (X, torch.arange(5).repeat(3, 1)),
+    ),
+    (
+        "index_add",
+        lambda x, i: (x.index_add(0, i, x[:2]), x.index_add(1, i.int(), x[:, :2], alpha=-2)),
+        (X, torch.tensor([2, 2])),
     ),
     ("slice_scatter", lambda x: (x.slice_scatter(x[:, :2] * 2, 1, 1, 3), x.select_scatter(x[:, 0], 1, 2)), (X,)),
     ("triu", lambda x, b: (x.triu(), x.tril(-1), b.triu(1), x.int().tril()), (randn(5, 5), ints(5, 5) > 0)),

@@ -144,3 +144,50 @@ def test_the_use_of_a_weight_that_is_no_layer_is_reported() -> None:
     assert [d.reason for d in program.trace[-1].declines] == [
         "it uses w of layer 'w' and is no layer: a float copy stays"
     ]
+
+
+class Normed(nn.Module):
+    """Modules whose weight is computed from others: a convolution of wav2vec2 is such a one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 12, 3, groups=4), dim=2)
+        self.head = nn.utils.parametrizations.weight_norm(nn.Linear(12, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).mean(2))
+
+
+def test_a_weight_under_weight_norm_is_a_layer_without_a_difference() -> None:
+    model, x = Normed().eval(), torch.randn(3, 8, 10)
+    program = run(capture(model, (x,)), [Stage(NORMALIZE)], check=verify)
+    assert [(layer.name, layer.target) for layer in find_layers(program.gm)] == [
+        ("conv", "conv.weight"),
+        ("head", "head.weight"),
+    ]
+    assert not any("original" in str(n.target) for n in program.gm.graph.find_nodes(op="get_attr"))
+    with torch.no_grad():
+        assert torch.equal(program(x), model(x))
+
+
+def test_a_norm_of_what_is_given_stays() -> None:
+    model = Weighted(lambda x, w, b: torch._weight_norm(x, w, 0), 3, 1)
+    program = run(capture(model, (torch.randn(3, 20),)), [Stage(NORMALIZE)], check=verify)
+    assert aten._weight_norm.default in {n.target for n in program.gm.graph.nodes}
+
+
+def test_a_copy_into_a_slice_leaves_what_is_copied() -> None:
+    def joined(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """The queries of DeepSeek: two parts written into a new tensor, one of them spread over the heads."""
+        out = x.new_empty(x.shape[0], 4, 24)
+        out[..., :20] = x[:, None, :]
+        out[..., 20:] = x[:, None, :4].to(torch.float64)
+        return out
+
+    model = Weighted(joined, 3, 1)
+    program = run(capture(model, (torch.randn(3, 20),)), [Stage(NORMALIZE)], check=verify)
+    assert aten.copy.default not in {n.target for n in program.gm.graph.nodes}
+    for batch in (1, 5):
+        x = torch.randn(batch, 20)
+        with torch.no_grad():
+            assert torch.equal(program(x), model(x))
