@@ -72,7 +72,7 @@ def compare(
     with progress_bars() as progress:
         found = comparison(compiled, out, model, text, data, windows, length, progress)
     if html is not None:
-        compiled.report(html, comparison=found)
+        compiled.report(html, comparison=found, title=f"{out.resolve().name}: fxquant report")
         typer.echo(f"wrote {html}", err=as_json)
     if model_explorer is not None:
         show_written(compiled.model_explorer(model_explorer, found))
