@@ -184,7 +184,7 @@ def test_text_on_stdout_and_figures_on_stderr(cached: Path, whole: Path) -> None
 
 def test_mistakes_are_named(cached: Path, model: Path, tmp_path: Path) -> None:
     for args, says in (
-        ((model, "the"), "is no compiled model"),
+        ((model, "the"), "is a model that is not compiled"),
         ((cached, ""), "the prompt is empty"),
         ((cached, "the", "--chat"), "no chat template"),
         ((cached, "the " * 70), "the prompt has 70 tokens"),
