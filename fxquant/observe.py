@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxquant import packing
 from fxquant.calibrate import columns, constants, why_not
 from fxquant.graph import info
 from fxquant.observations import Candidate, Histogram, LayerObservation, Observations, histogram
@@ -22,9 +21,9 @@ from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Program
 from fxquant.qdq import float_weight, quant_of, quantized_of, quantized_weights, readers, rounding_spec
-from fxquant.qtensor import QuantizedTensor, quantize_tensor, to_matrix
+from fxquant.qtensor import QuantizedTensor, packed_nbytes, quantize_tensor, to_matrix
 from fxquant.scales import power_of_two, spread
-from fxquant.scheme import PerChannel, PerGroup, QuantSpec, parse_spec
+from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
 ROWS = 32
 """Rows of a weight that are looked at."""
@@ -53,7 +52,10 @@ def observe(program: Program, inputs: Sequence[Any] | None, *, described: str = 
 
 @dataclass
 class _Seen:
-    """Sampled rows of a weight, float and as it became, with the mean squares of its input's columns."""
+    """Rows ``sampled`` of the ``rows`` of a weight, float (W) and as they became (got), and what its layer is given.
+
+    ``moments`` are the mean squares of the input's columns, ``exponents`` the shifts that were folded into the weight.
+    """
 
     name: str
     spec: QuantSpec
@@ -62,10 +64,10 @@ class _Seen:
     weight: Histogram
     scale: Histogram
     rows: int
-    channels: Tensor | None = None
+    sampled: Tensor
+    exponents: Tensor | None = None
     input: Histogram | None = None
     moments: Tensor | None = None
-    exponents: Tensor | None = field(default=None)
 
     @property
     def importance(self) -> Tensor:
@@ -127,7 +129,7 @@ class _Watch(fx.Interpreter):
             got = got * power_of_two(q.exponent_bias.int().cpu())
         seen = _Seen(
             _name(node), quant.spec, W, got, _in_units(W, q, some), histogram(q.scales.effective.log2(), unit="log2"),
-            rows, channels=some.cpu(), exponents=q.exponent_bias,
+            rows, some.cpu(), q.exponent_bias,
         )  # fmt: skip
         self.seen[quant.weight] = seen
 
@@ -136,8 +138,8 @@ class _Watch(fx.Interpreter):
         V = self.first.pop(weight, None)
         if V is None:
             self.first[weight] = value
-        elif (seen := self.seen.get(weight)) is not None and seen.channels is not None:
-            seen.got = seen.got + (value[seen.channels.to(value.device)].float() @ V.float()).cpu()
+        elif (seen := self.seen.get(weight)) is not None:
+            seen.got = seen.got + (value[seen.sampled.to(value.device)].float() @ V.float()).cpu()
 
     def _see_input(self, layer: fx.Node, weight: str) -> None:
         seen, source = self.seen.get(weight), layer.args[0]
@@ -206,15 +208,5 @@ def _candidates(found: Sequence[_Seen]) -> list[tuple[Candidate, ...]]:
                 W, some = found[i].W, slice(at, at + len(found[i].W))
                 at += len(W)
                 error = relative(W, rounded[some], found[i].importance)
-                result[i].append(Candidate(text, error, packed_bytes(spec, found[i].rows, cols)))
+                result[i].append(Candidate(text, error, packed_nbytes(spec, found[i].rows, cols)))
     return [tuple(candidates) for candidates in result]
-
-
-def packed_bytes(spec: QuantSpec, rows: int, cols: int) -> int:
-    """``QuantizedTensor.nbytes`` of a matrix of this size, for scales of rows and groups."""
-    assert isinstance(spec.granularity, (PerChannel, PerGroup))
-    codes = math.prod(packing.packed_shape((rows, cols), packing.planar(spec.format.bits)))
-    blocks = math.prod(spec.scale_shape(rows, cols))
-    each = 1 if spec.kind.format is not None else spec.scale_dtype.itemsize
-    outer = spec.outer_shape(rows)
-    return codes + blocks * (each + int(spec.has_zero_point)) + (4 * math.prod(outer) if outer else 0)
