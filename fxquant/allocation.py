@@ -128,7 +128,7 @@ def plan(
     Raises ConfigError where the budget is below the smallest candidates, for a candidate that is no weight spec, for
     globs that leave nothing; else what ``compile`` raises.
     """
-    specs = _specs(candidates)
+    specs = specs_of(candidates)
     program = float_program(model, example_inputs)
     units = _quantized(program, keep)
     trials = Trials(program, calibration, progress=progress)
@@ -169,7 +169,7 @@ def _plan(
 
 
 # --- what there is to choose ------------------------------------------------------------------------------------------
-def _specs(candidates: Sequence[str | QuantSpec]) -> list[QuantSpec]:
+def specs_of(candidates: Sequence[str | QuantSpec]) -> list[QuantSpec]:
     """The candidates as specs, each once; ConfigError for one that no rule takes as a weight."""
     if not candidates:
         raise ConfigError("no candidates; give weight specs to choose from, such as e2m1/group64:fp16")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxquant.allocation import gradient_cost, tried
-from fxquant.config import Config, RuleConfig, load_config
+from fxquant.allocation import gradient_cost, specs_of, tried
+from fxquant.config import Config, RuleConfig
 from fxquant.errors import ConfigError
 from fxquant.layers import other_uses
 from fxquant.passes.remove_dead import REMOVE_DEAD
@@ -135,7 +135,7 @@ def space(
 
     Raises ConfigError for a candidate that is no weight spec and for a model without layers, else as ``compile`` does.
     """
-    specs = _specs(candidates)
+    specs = specs_of(candidates)
     program = run(float_program(model, example_inputs), [Stage(REMOVE_DEAD)], check=verify)
     everything = units_of(program)
     shared = {layer.name for _, layer in other_uses([layer for unit in everything for layer in unit.layers])}
@@ -156,11 +156,3 @@ def space(
 
 def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else 1e30
-
-
-def _specs(candidates: Sequence[str | QuantSpec]) -> list[QuantSpec]:
-    if not candidates:
-        raise ConfigError("no candidates; give weight specs to choose from, such as e2m1/group64:fp16")
-    for each in candidates:
-        load_config({"rules": [{"match": "*", "weight": str(each)}]})
-    return list(dict.fromkeys(parse_spec(str(each)) for each in candidates))

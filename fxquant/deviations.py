@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.counterparts import Pair
-from fxquant.grids import Grid
 from fxquant.layers import Layer
 from fxquant.observations import Histogram
 from fxquant.ops import ROUNDINGS
@@ -115,12 +114,6 @@ class _Counts:
         return Histogram(self.lo, self.hi, tuple(self.bins.tolist()), self.below, self.above, self.unit)
 
 
-def _grid_range(format: Grid) -> tuple[float, float]:
-    values = format.table()
-    finite = values[values.isfinite()]
-    return float(finite.min()), float(finite.max())
-
-
 @dataclass(frozen=True)
 class WeightCounts:
     """``as_compiled``: whether the float weight has the error that was recorded when it was quantized."""
@@ -137,7 +130,7 @@ def weight_counts(gm: fx.GraphModule, pair: Pair, use: Use | None, *, changed: b
     if use is None or pair.layer is None:
         return None
     stored = stored_weight(gm, use)
-    counts = _Counts(*_grid_range(stored.spec.format), "scale")
+    counts = _Counts(*stored.spec.format.limits, "scale")
     if changed:
         counts.add(stored.values)
         return WeightCounts(counts.histogram, True)
@@ -198,7 +191,7 @@ class InputCounts:
     def _range(self, x: Tensor) -> _Counts | None:
         """The grid's for rounded values; that of the first batch for others, whose later ones may lie outside."""
         if self.rounding is not None:
-            return _Counts(*_grid_range(rounding_spec(self.rounding).format), "scale")
+            return _Counts(*rounding_spec(self.rounding).format.limits, "scale")
         finite = x[x.isfinite()]
         if not finite.numel():
             return None

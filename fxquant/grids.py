@@ -65,6 +65,12 @@ class Grid(ABC):
         return float(self._finite().abs().max())
 
     @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest finite value."""
+        finite = self._finite()
+        return float(finite.min()), float(finite.max())
+
+    @property
     def smallest(self) -> float:
         """The smallest magnitude above zero (a subnormal where the format has any)."""
         magnitudes = self._finite().abs()

@@ -171,15 +171,8 @@ def _in_units(W: Tensor, q: QuantizedTensor, some: Tensor) -> Histogram:
     if q.zero_point is not None:
         zero = spread(q.zero_point, block, shape)
         units = units + (zero[some] if zero.shape[0] > 1 else zero).float().cpu()
-    low, high = grid_ends(q.spec)
+    low, high = q.spec.format.limits
     return histogram(units, low, high, unit="scale")
-
-
-def grid_ends(spec: QuantSpec) -> tuple[float, float]:
-    """The lowest and the highest value of the format."""
-    table = spec.format.table().float()
-    table = table[table.isfinite()]
-    return float(table.min()), float(table.max())
 
 
 def _of_input(source: fx.Node, x: Tensor) -> Histogram:
@@ -188,7 +181,7 @@ def _of_input(source: fx.Node, x: Tensor) -> Histogram:
     keep = max(1, VALUES // flat.shape[-1])
     flat = flat[:: max(1, flat.shape[0] // keep)]
     if source.target in ROUNDINGS and (spec := rounding_spec(source)).dynamic:
-        low, high = grid_ends(spec)
+        low, high = spec.format.limits
         return histogram(flat / (flat.abs().amax(dim=1, keepdim=True) / high).clamp_min(1e-30), low, high, unit="scale")
     return histogram(flat)
 

@@ -24,7 +24,7 @@ from fxquant.errors import ConfigError
 from fxquant.program import Progress, quiet
 from fxquant.scheme import LayerRule, QuantSpec
 from fxquant.sensitivity import round_to_nearest
-from fxquant.show.units import percent, seconds, size, table
+from fxquant.show.units import percent, plain, seconds, size, table
 from fxquant.trials import Change, Trials
 
 PREDICTED_ON = 4
@@ -54,8 +54,8 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON."""
-        plain = {key: _plain(value) for key, value in self.__dict__.items() if key != "config"}
-        return {**plain, "methods": list(self.methods), "config": self.config.to_dict()}
+        found = {key: plain(value) for key, value in self.__dict__.items() if key != "config"}
+        return {**found, "methods": list(self.methods), "config": self.config.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,12 @@ class Recommendation:
         """The same as plain values for JSON."""
         return {
             "goal": self.goal, "reason": self.reason, "measure": self.measure, "best": self.best.to_dict(),
-            "float_nbytes": self.float_nbytes, "float_perplexity": _plain(self.float_perplexity),
+            "float_nbytes": self.float_nbytes, "float_perplexity": plain(self.float_perplexity),
             "predicted": self.predicted, "measured": [each.to_dict() for each in self.measured],
         }  # fmt: skip
 
     def __str__(self) -> str:
         return "\n".join([*rows(self.measured, self.float_nbytes, self.float_perplexity, self.best), "", self.reason])
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has: a figure that is not finite is None."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rows(

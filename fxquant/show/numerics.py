@@ -18,7 +18,7 @@ from typing import Any, Literal
 from fxquant.errors import ConfigError, near
 from fxquant.observations import Histogram
 from fxquant.show import notebook
-from fxquant.show.units import percent, plural, table
+from fxquant.show.units import percent, plain, plural, table
 
 Sort = Literal["local", "accumulated"]
 SHOWN = 20
@@ -109,7 +109,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values that ``json.dumps`` takes; a figure that is not finite becomes None."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = plain(asdict(self))
         return found
 
     def __str__(self) -> str:
@@ -185,11 +185,3 @@ def _layer_row(row: LayerError) -> tuple[str, ...]:
 
 def _nonfinite(share: float) -> str:
     return f"{percent(share)} NaN or Inf" if share else ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ from fxquant.graph import info
 from fxquant.observations import Candidate, Histogram, LayerObservation, Observations
 from fxquant.program import Program
 from fxquant.scheme import parse_spec
+from fxquant.show.grid import values
 from fxquant.show.numerics import Comparison, Errors, LayerError
 from fxquant.show.summary import LayerSummary, Summary
 from fxquant.show.text import Stories, describe_spec
@@ -30,7 +31,9 @@ def page_data(program: Program, summary: Summary, comparison: Comparison | None 
         "lines": lines,
         "steps": steps,
         "layers": list(_layers(program, summary)),
-        "specs": {spec: {"words": describe_spec(spec), "grid": _grid(spec)} for spec in specs(summary)},
+        "specs": {
+            spec: {"words": describe_spec(spec), "grid": values(parse_spec(spec).format)} for spec in specs(summary)
+        },
         "modules": _modules(program),
         "observed": None if program.observations is None else _observed(program.observations, summary),
         "comparison": None if comparison is None else _compared(comparison),
@@ -41,11 +44,6 @@ def page_data(program: Program, summary: Summary, comparison: Comparison | None 
 def specs(summary: Summary) -> list[str]:
     """Every spec of a weight or an input, once."""
     return list(dict.fromkeys(s for q in summary.layers for s in (q.spec, q.activation) if s))
-
-
-def _grid(spec: str) -> list[float]:
-    """The finite values of a spec's format in order."""
-    return sorted({value for value in parse_spec(spec).format.table().tolist() if math.isfinite(value)})
 
 
 def _modules(program: Program) -> dict[str, str]:
@@ -70,7 +68,7 @@ def _graphs(program: Program, summary: Summary) -> tuple[list[str], list[dict[st
         runs[at] = _runs([index.setdefault(line, len(index)) for line in text])
     steps = [
         {
-            "label": s.label, "seconds": s.seconds, "rewrites": s.rewrites, "declines": s.declines, "nodes": s.nodes,
+            "label": s.label, "seconds": s.seconds, "rewrites": s.rewrites, "declines": s.declines,
             "error": _finite(s.error), "nbytes": s.nbytes, "runs": runs.get(i),
         }
         for i, s in enumerate(summary.steps)
@@ -96,7 +94,7 @@ def _layers(program: Program, summary: Summary) -> Iterator[dict[str, Any]]:
         story: str | None = stories.tell(q).split("\n\n", 1)[-1] if left > 0 else None
         left -= len(story or "")
         yield {
-            "name": q.name, "node": q.node, "type": q.type, "module": q.module, "weight": q.weight, "bits": q.bits,
+            "name": q.name, "node": q.node, "type": q.type, "module": q.module, "bits": q.bits,
             "shape": q.shape, "before": q.bytes_before, "after": q.bytes_after, "spec": q.spec, "method": q.method,
             "activation": q.activation, "error": _finite(q.error), "reason": q.reason, "tied": q.tied_to,
             "part": q.part_of, "source": q.source, "story": story if left > 0 else None,
@@ -152,10 +150,10 @@ def _compared(found: Comparison) -> dict[str, Any]:
             "local": _relative(row.local), "accumulated": _relative(row.accumulated),
             "alone": _in_words(row, row.local, ranks["local"], "fed what the float model is fed"),
             "inside": _in_words(row, row.accumulated, ranks["accumulated"], "inside the quantized model"),
-            "reason": row.reason, "input": _histogram(row.input) if left > 0 else None,
+            "input": _histogram(row.input) if left > 0 else None,
         }  # fmt: skip
         left -= 6 * len(row.input.counts) if row.input is not None else 0
-    return {"layers": layers, "samples": found.samples, "tokens": found.tokens}
+    return {"layers": layers}
 
 
 def _relative(errors: Errors | None) -> float | None:

@@ -25,7 +25,7 @@ from fxquant.program import Program, Step, target_name
 from fxquant.qdq import readers, rounding_spec
 from fxquant.rewrite import get_attrs, identity, tensors
 from fxquant.show import notebook
-from fxquant.show.units import percent, seconds, size, table
+from fxquant.show.units import percent, plain, seconds, size, table
 
 _LAYER_OPS: dict[Any, str] = {
     ops.linear_wq.default: "linear",
@@ -129,9 +129,9 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values that ``json.dumps`` takes; a figure that is not finite becomes None."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = plain(asdict(self))
         extra = {"bytes_per_weight": self.bytes_per_weight, "seconds": self.seconds, "error": self.error}
-        return found | dict(_plain(extra))
+        return found | dict(plain(extra))
 
     def __str__(self) -> str:
         return "\n".join(_render(self))
@@ -361,11 +361,3 @@ def _step_rows(s: Summary) -> list[tuple[str, ...]]:
         figures = (str(step.rewrites), str(step.declines), str(step.nodes), error)
         rows.append((step.label, seconds(step.seconds), *figures))
     return rows
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

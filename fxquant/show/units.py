@@ -1,9 +1,10 @@
-"""How figures are written: bytes, percentages, seconds, and tables of text."""
+"""How figures are written: bytes, percentages, seconds, tables of text, and what JSON takes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def size(nbytes: float) -> str:
@@ -29,6 +30,15 @@ def seconds(value: float) -> str:
     if value >= 60:
         return f"{int(value) // 60} min {int(value) % 60} s"
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+
+
+def plain(value: Any) -> Any:
+    """What JSON has: dicts and lists of plain values, None for a figure that is not finite."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plural(count: int, word: str) -> str:
