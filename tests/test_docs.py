@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny_language import word_tokenizer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -108,14 +109,10 @@ def test_commands_are_those_of_the_command_line(page: str) -> None:
 
 
 def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
+    pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     tiny_llama().save_pretrained("path/to/model")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained("path/to/model")
+    word_tokenizer(WORDS).save_pretrained("path/to/model")
     shown = [words for words in commands("docs/quickstart.md") if words[0] == "fxquant" and words[1] != "demo"]
     assert [words[1] for words in shown[:2]] == ["compile", "inspect"]
     for _, *arguments in shown:
