@@ -105,6 +105,10 @@ def compile_(
         FolderFormat,
         typer.Option("--format", help="fxquant: the compiled graph; hf: a folder for transformers' from_pretrained."),
     ] = FolderFormat.fxquant,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Never hold the whole model in memory: weights are packed one after the other."),
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -119,27 +123,36 @@ def compile_(
         fxquant compile model.gguf -c my-config.yaml -o out --overwrite
 
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-hf --format hf
+
+        fxquant compile ./Llama-3.1-70B -c W6A16-E3M2 -o llama-fp6 --stream
     """
     from fxquant import checkpoints, pipeline, store
+    from fxquant import stream as streaming
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
     settings, hf = load_config(config), format == FolderFormat.hf
     if hf:
-        check_hf(settings, out, kv_cache, overwrite)
+        check_hf(settings, out, kv_cache or stream, overwrite)
     else:
         store.check_place(out.absolute(), overwrite)
+    if stream:
+        streaming.check_methods(settings)
     with progress_bars() as progress:
-        loaded = checkpoints.load_model(model, kv_cache=kv_cache, progress=progress)
+        loaded = checkpoints.load_model(model, kv_cache=kv_cache, lazy=stream, progress=progress)
         data = calibration_data(settings, loaded, calibration)
-        make = pipeline.quantize_ if hf else pipeline.compile
-        compiled = make(loaded.model, config=settings, example_inputs=loaded.example_inputs, calibration=data,
-                        progress=progress)  # fmt: skip
-        progress("save", 0, 0)
-        if hf:
-            save_hf(loaded, out)
+        given: dict[str, Any] = {
+            "config": settings, "example_inputs": loaded.example_inputs, "calibration": data, "progress": progress,
+        }  # fmt: skip
+        if stream:
+            compiled = streaming.compile_to(out, loaded.model, tokenizer=loaded.tokenizer, overwrite=overwrite, **given)
         else:
-            compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
+            compiled = (pipeline.quantize_ if hf else pipeline.compile)(loaded.model, **given)
+            progress("save", 0, 0)
+            if hf:
+                save_hf(loaded, out)
+            else:
+                compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
     if loaded.quantized:
         note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")
     summary = compiled.summary()

@@ -39,13 +39,15 @@ class FolderFormat(StrEnum):
     hf = "hf"
 
 
-def check_hf(settings: Config, out: Path, kv_cache: bool, overwrite: bool) -> None:
+def check_hf(settings: Config, out: Path, graph_only: bool, overwrite: bool) -> None:
     """Raise, before any work, for what cannot become a Hugging Face folder at ``out``."""
     from fxquant.checkpoints import is_packed
     from fxquant.pipeline import check_modules
 
-    if kv_cache:
-        raise InputError("--kv-cache is for compiled graphs; with --format hf transformers has its own: leave it out")
+    if graph_only:
+        raise InputError(
+            "--kv-cache and --stream are for compiled graphs, and do not go with --format hf: leave one out"
+        )
     check_modules(settings)
     if out.exists() and not (overwrite and is_packed(out)):
         what = "is no model that fxquant packed, and is not overwritten" if overwrite else "exists already"

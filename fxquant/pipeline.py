@@ -70,10 +70,22 @@ def compile(
     CalibrationError (data that do not fit, too little of them, NaN activations).
     """
     settings = load_config(config)
-    _check_calibration(settings, calibration)
+    check_calibration(settings, calibration)
     progress("capture", 0, 0)
     program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     measure = _measure(program, example_inputs)
+    to_qdq(program, settings, calibration=calibration, passes=passes, measure=measure, progress=progress)
+    progress("observe", 0, 0)
+    program.observations = observe(program, _example(program, example_inputs))
+    to_packed(program, settings, measure=measure, progress=progress)
+    return CompiledModel(program, settings)
+
+
+def to_qdq(
+    program: Program, settings: Config, *, calibration: Calibration | None = None, passes: Sequence[Pass] = (),
+    measure: Measure | None = None, progress: Progress = quiet,
+) -> None:  # fmt: skip
+    """A captured program to QDQ form, by ``passes`` and those of the config. Raises as ``compile`` does."""
     rules = settings.layer_rules()
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
@@ -88,16 +100,16 @@ def compile(
         Stage(REMOVE_DEAD),
         *methods["codes"],
     ]
-    lowering = [
-        Stage(LOWER),
-        *([Stage(STORE_KV_CACHE)] if any(s.pass_ is QUANTIZE_KV_CACHE for s in methods["float"]) else []),
-        Stage(REMOVE_DEAD),
-    ]
     run(program, stages, check=verify, measure=measure, progress=progress)
-    progress("observe", 0, 0)
-    program.observations = observe(program, _example(program, example_inputs))
+
+
+def to_packed(
+    program: Program, settings: Config, *, measure: Measure | None = None, progress: Progress = quiet
+) -> None:
+    """A program in QDQ form to packed weights and operators on them."""
+    cached = any(name == QUANTIZE_KV_CACHE.name for name, _ in settings.methods())
+    lowering = [Stage(LOWER), *([Stage(STORE_KV_CACHE)] if cached else []), Stage(REMOVE_DEAD)]
     run(program, lowering, check=verify, measure=measure, progress=progress)
-    return CompiledModel(program, settings)
 
 
 METHODS = {
@@ -125,7 +137,7 @@ def _methods(settings: Config, given: Mapping[str, Any]) -> dict[str, list[Stage
     return stages
 
 
-def _check_calibration(settings: Config, calibration: Calibration | None) -> None:
+def check_calibration(settings: Config, calibration: Calibration | None) -> None:
     """Raise a ConfigError where a method needs data and there is none."""
     if (needy := settings.needs_data()) and calibration is None:
         raise ConfigError(

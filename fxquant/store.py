@@ -11,23 +11,24 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fxquant.document import check_header, decode, encode
+from fxquant.document import check_header, decode, encode, encode_tensors, kept_tensors
 from fxquant.encoding import Json, MalformedError
-from fxquant.errors import LoadError, SaveError
+from fxquant.errors import FxquantError, LoadError, SaveError
+from fxquant.graph import TensorType
 from fxquant.program import Program
+from fxquant.weight_file import ALIGNMENT, WeightFile
 
 GRAPH, WEIGHTS, TOKENIZER, KERNELS = "graph.json", "model.safetensors", "tokenizer", "kernels"
 KERNEL_MARK = "# Written by fxquant kernels"
 """How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
-_ALIGNMENT = 64  # bytes: what torch gives its own tensors
 _MAX_JSON = 1 << 26  # 64 MiB; a graph of 2000 nodes with its trace takes about 2
 
 
@@ -54,20 +55,67 @@ def save(
         decode(document, tensors)  # what load would refuse is not written
     except MalformedError as error:
         raise SaveError(f"this program cannot be saved: {error}. Keep it in memory, or change that") from None
-    content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-    if len(content) > _MAX_JSON:
-        raise SaveError(f"this program cannot be saved: its graph takes {len(content)} bytes, above {_MAX_JSON}")
+    content = _content(document)
+    try:
+        with replacing(target) as temporary:
+            _write_weights(temporary / WEIGHTS, tensors)
+            _write(temporary, content, tokenizer)
+    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
+
+
+def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    file, finished = WeightFile(path, types_of(tensors)), False
+    try:
+        for name, value in tensors.items():
+            file.write(name, value)
+        finished = True
+    finally:
+        file.close(finished=finished)
+
+
+def stored_tensors(program: Program) -> dict[str, Tensor]:
+    """The tensors that ``save`` writes for a program, as they lie in the file, a tied one once."""
+    return encode_tensors(kept_tensors(program.gm))[1]
+
+
+def types_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorType]:
+    return {name: TensorType(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+
+
+def finish(program: Program, folder: Path, *, config: Mapping[str, Any], tokenizer: Any | None = None) -> None:
+    """Write what belongs beside the weights of ``program``, which are in ``folder`` already. Raises SaveError."""
+    try:
+        document, _ = encode(program, config)
+        content = _content(document)
+        decode(json.loads(content), read_tensors(folder / WEIGHTS))
+    except MalformedError as error:
+        raise SaveError(f"this program cannot be saved: {error}") from None
+    _write(folder, content, tokenizer)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, which takes its place at the end; where something fails nothing is left of it."""
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir()
-        _write(temporary, content, tensors)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary / TOKENIZER))
+        yield temporary
+        _sync(temporary)
         _move(temporary, target)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+    except OSError as error:
+        if isinstance(error, FxquantError):
+            raise
         raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _content(document: Json) -> bytes:
+    content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    if len(content) > _MAX_JSON:
+        raise SaveError(f"this program cannot be saved: its graph takes {len(content)} bytes, above {_MAX_JSON}")
+    return content
 
 
 def check_place(target: Path, overwrite: bool) -> None:
@@ -104,11 +152,11 @@ def _is_kernels(path: Path) -> bool:
         return stream.read(len(KERNEL_MARK)) == KERNEL_MARK.encode()
 
 
-def _write(folder: Path, content: bytes, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, folder / WEIGHTS)
+def _write(folder: Path, content: bytes, tokenizer: Any | None) -> None:
     (folder / GRAPH).write_bytes(content)
-    for path in (folder / WEIGHTS, folder / GRAPH, folder):
-        _sync(path)
+    _sync(folder / GRAPH)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder / TOKENIZER))
 
 
 def _move(temporary: Path, target: Path) -> None:
@@ -218,6 +266,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         if value.data_ptr() % value.element_size():
             raise MalformedError(f"tensor {key[:100]!r} does not lie at a multiple of its element size")
-        if value.is_floating_point() and value.data_ptr() % _ALIGNMENT:
+        if value.is_floating_point() and value.data_ptr() % ALIGNMENT:
             found[key] = value.clone()  # matrix products differ in the last bit with the alignment of their operands
     return found

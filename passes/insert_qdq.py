@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from fxquant.choice import choose
+from fxquant.deferred import quantize_later
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, set_info, update_info
 from fxquant.layers import Layer, find_layers, ties
+from fxquant.lazy import Lazy
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
 from fxquant.qdq import PARTS, weight_error
@@ -55,7 +57,8 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
 def insert_dequantize(gm: fx.GraphModule, layer: Layer, spec: QuantSpec) -> fx.Node:
     """Quantize the layer's weight and put ``dequantize(codes, scale, zero_point)`` in front of the layer."""
     value = layer.weight.transpose(-1, -2) if layer.transposed else layer.weight
-    q = quantize_tensor(value, spec, channel_dims=layer.channel_dims, name=layer.target)
+    about: dict[str, Any] = {"channel_dims": layer.channel_dims, "name": layer.target}
+    q = quantize_later(value, spec, **about) if isinstance(value, Lazy) else quantize_tensor(value, spec, **about)
     graph, base = gm.graph, layer.target + ("_t" if layer.transposed else "")
     with graph.inserting_before(_first_use(layer)):
         parts: list[fx.Node | None] = []

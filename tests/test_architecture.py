@@ -14,11 +14,12 @@ ROOT = Path(__file__).parent.parent
 
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
-    "errors", "tasks", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops",
-    "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature",
+    "errors", "tasks", "lazy", "spool", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme",
+    "scales", "bitops", "layouts", "packing", "tilings", "decodings", "qtensor", "deferred", "graph", "rewrite",
+    "layers", "choice", "signature",
     "observations", "program", "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients",
     "blocks", "verify", "eager", "sizes", "symbolic",
-    "flatten", "capture",
+    "flatten", "valueless", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),
@@ -42,6 +43,7 @@ GROUP_OF = {
     "weight_table": "pipeline", "hf_quantizer": "pipeline", "checkpoints": "top", "model_card": "top", "lm_eval": "top",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
     "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top",
+    "files": "store", "headers": "store", "weight_file": "store", "stream": "pipeline",
     "cli_config": "top", "cli_options": "top", "demo": "top",
     "cli_export": "top", "export_folder": "top", "export_ggml": "top", "export_check": "top", "dynamo": "top",
 }  # fmt: skip

@@ -225,7 +225,7 @@ def test_a_missing_parent_is_named(tmp_path: Path) -> None:
         save(net()[0], tmp_path / "no" / "m", config={})
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync", "_move"])
+@pytest.mark.parametrize("failing", ["_write_weights", "_sync", "_move"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_nothing_and_harms_nothing(
     failing: str, error: BaseException, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
