@@ -49,7 +49,7 @@ def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress =
     Raises ModelError for anything else, with a word on how to convert it.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     hf = transformers()
     progress("load model", 0, 3)
     with no_bars(hf):
@@ -92,7 +92,7 @@ def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, A
     In eval mode; what is not packed is in fp32. ModelError for another folder, LoadError for one that was changed.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     hf = transformers()
     if not is_packed(path):
         raise ModelError(f"{path} holds no weights that fxquant packed; {_KINDS}: fxquant compile takes those")
@@ -113,7 +113,7 @@ def empty_model(path: str | Path) -> nn.Module | None:
     None for a GGUF file whose header does not say which model it is. Raises ModelError as ``load_model`` does.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     hf = transformers()
     if path.is_file():
         config = _gguf_header(path)[1]
@@ -168,7 +168,7 @@ _TO_SAFETENSORS = (
 _KINDS = "expected a Hugging Face folder (config.json and *.safetensors) or a .gguf file"
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
     """ModelError unless ``path`` is a ``.gguf`` file or a folder with config.json and safetensors."""
     if not path.exists():
         raise ModelError(f"{path} does not exist; {_KINDS} on this machine (a model's hub name is not looked up; "

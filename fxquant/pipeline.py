@@ -19,9 +19,11 @@ from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
 from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs, is_hugging_face
+from fxquant.jobs import Job, kept
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import PackedWeight, write_back
 from fxquant.observe import observe
+from fxquant.origin import origin
 from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
 from fxquant.passes.gwq import GWQ
@@ -44,6 +46,7 @@ from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, q
 from fxquant.scheme import LayerRule
 from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
+from fxquant.tasks import IN_PROCESS
 from fxquant.verify import verify
 
 
@@ -55,6 +58,7 @@ def compile(
     calibration: Calibration | None = None,
     passes: Sequence[Pass] = (),
     dynamic_shapes: Any = None,
+    job: str | Path | Job | None = None,
     progress: Progress = quiet,
 ) -> CompiledModel:
     """Compile ``model`` with a quantization config: capture it, rewrite the graph pass by pass, pack the weights.
@@ -63,11 +67,12 @@ def compile(
     where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
     path to YAML, TOML or JSON, a dict, or a Config. ``calibration``: batches of inputs (dicts, tuples or tensors), or
     token windows ``[n, length]``, for configs with methods that need data. ``passes``: passes of your own, run on the
-    float graph before the config's. The model itself is not changed.
+    float graph before the config's. The model itself is not changed. ``job``: a folder in which finished tasks of the
+    config's methods are kept, so that the same call continues after it was stopped; it stays until you remove it.
 
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
-    CalibrationError (data that do not fit, too little of them, NaN activations).
+    CalibrationError (data that do not fit, too little of them, NaN activations), JobError (a folder of another job).
     """
     settings = load_config(config)
     _check_calibration(settings, calibration)
@@ -75,29 +80,42 @@ def compile(
     program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     measure = _measure(program, example_inputs)
     rules = settings.layer_rules()
+    batches = _batches(settings, program, calibration)
+    made_from = origin(
+        program, settings, source=job.source if isinstance(job, Job) else None, examples=example_inputs,
+        calibration=batches, passes=passes, packages=_packages(model),
+    )  # fmt: skip
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
-    given = {"rules": rules, "calibration": _batches(settings, program, calibration), "progress": progress}
+    given = {"rules": rules, "calibration": batches, "progress": progress}
+    with kept(IN_PROCESS, job if settings.passes or passes else None, made_from, settings) as tasks:
+        stages = _stages(settings, passes, {**given, "executor": tasks})
+        run(program, stages, check=verify, measure=measure, progress=progress)
+    progress("observe", 0, 0)
+    program.observations = observe(program, _example(program, example_inputs))
+    stored = [Stage(STORE_KV_CACHE)] if any(name == QUANTIZE_KV_CACHE.name for name, _ in settings.methods()) else []
+    lowering = [Stage(LOWER), *stored, Stage(REMOVE_DEAD)]
+    run(program, lowering, check=verify, measure=measure, progress=progress)
+    return CompiledModel(program, settings, origin=made_from)
+
+
+def _packages(model: Any) -> tuple[str, ...]:
+    """What made the model, beside torch."""
+    return ("transformers",) if isinstance(model, nn.Module) and is_hugging_face(model) else ()
+
+
+def _stages(settings: Config, passes: Sequence[Pass], given: Mapping[str, Any]) -> list[Stage]:
+    """What a config makes of a float graph, up to its codes."""
+    rules, methods = given["rules"], _methods(settings, given)
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
-    methods = _methods(settings, given)
-    stages = [
+    return [
         *(Stage(own, given) for own in passes),
         *methods["float"],
         *activations,
-        Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
+        Stage(INSERT_QDQ, {"rules": rules, "progress": given["progress"]}),
         Stage(REMOVE_DEAD),
         *methods["codes"],
     ]
-    lowering = [
-        Stage(LOWER),
-        *([Stage(STORE_KV_CACHE)] if any(s.pass_ is QUANTIZE_KV_CACHE for s in methods["float"]) else []),
-        Stage(REMOVE_DEAD),
-    ]
-    run(program, stages, check=verify, measure=measure, progress=progress)
-    progress("observe", 0, 0)
-    program.observations = observe(program, _example(program, example_inputs))
-    run(program, lowering, check=verify, measure=measure, progress=progress)
-    return CompiledModel(program, settings)
 
 
 METHODS = {
@@ -137,8 +155,9 @@ def _check_calibration(settings: Config, calibration: Calibration | None) -> Non
 def load(directory: str | Path) -> CompiledModel:
     """The compiled model saved in ``directory``. Nothing in it is executed. Raises LoadError for a damaged folder."""
     program, config = store.load(directory)
+    manifest = store.read_manifest(Path(directory))
     try:
-        return CompiledModel(program, load_config(config))
+        return CompiledModel(program, load_config(config), origin=manifest["origin"] if manifest else None)
     except ConfigError as error:
         raise LoadError(f"{directory}: the saved config is not valid, the folder was changed: {error}") from error
 
@@ -149,6 +168,7 @@ def quantize_(
     example_inputs: Any = None,
     *,
     calibration: Calibration | None = None,
+    job: str | Path | Job | None = None,
     progress: Progress = quiet,
 ) -> CompiledModel:
     """Compile ``model`` and write the packed weights back into it, so that its own methods (``generate``) run on them.
@@ -156,15 +176,15 @@ def quantize_(
     Modules whose weight was quantized are replaced in place; what replaces them keeps their attributes and hooks, and
     decodes ``weight`` when it is read. ``example_inputs`` may be left out for Hugging Face models and others that have
     ``dummy_inputs``. Returns the compiled model, for its report. A transformers model's own ``save_pretrained`` writes
-    packed weights afterwards. ConfigError for methods that change more of the graph than codes, such as ``rotate``:
-    modules cannot hold that.
+    packed weights afterwards. ``job`` is as for ``compile``. ConfigError for methods that change more of the graph than
+    codes, such as ``rotate``: modules cannot hold that.
     """
     config = load_config(config)
     check_modules(config)
     if example_inputs is None:
         example_inputs = default_inputs(model)
     try:
-        compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
+        compiled = compile(model, example_inputs, config, calibration=calibration, job=job, progress=progress)
     except ConfigError as error:
         if any(isinstance(module, PackedWeight) for module in model.modules()):
             raise ConfigError(

@@ -33,7 +33,7 @@ from fxquant.qtensor import QuantizedTensor
 from fxquant.scales import Scales
 from fxquant.scheme import QuantSpec, parse_spec
 
-Types = Mapping[str, type]
+Types = dict[str, type]
 _FORMATS = (FloatFormat, IntFormat, CodebookFormat)
 _ALIGNMENT = 64  # bytes: what torch gives its own tensors
 

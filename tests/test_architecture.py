@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
     "errors", "outputs", "tasks", "cache", "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme",
-    "scales", "bitops", "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice", "signature",
-    "observations", "program", "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients",
+    "scales", "bitops", "layouts", "packing", "tilings", "decodings", "qtensor", "graph", "rewrite", "layers", "choice",
+    "signature", "observations", "program", "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients",
     "blocks", "verify", "eager", "sizes", "symbolic",
     "flatten", "capture",
 )  # fmt: skip
@@ -33,7 +33,9 @@ MAY_IMPORT = {
     "top": {"core", "pipeline", "codegen", "show", "store", "config", "evaluate"},
 }
 GROUP_OF = {
-    "journal": "store", "results": "store", "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
+    "journal": "store", "results": "store", "origin": "pipeline", "jobs": "pipeline", "cli_jobs": "top",
+    "downloads": "top", "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config",
+    "store": "store",
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "recipes": "config", "grammar": "config", "places": "config", "config_schema": "config",
     "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline", "allocation": "pipeline",
