@@ -19,9 +19,12 @@ from typer.core import TyperGroup
 from fxquant import cli_compare, cli_config, cli_generate, cli_kernels, cli_measure, cli_onnx, cli_recommend
 from fxquant.cli_options import (
     CalibrationText,
+    Engine,
     FolderFormat,
     Json,
     Overwrite,
+    RayAddress,
+    Workers,
     calibration_data,
     check_file,
     check_hf,
@@ -105,6 +108,9 @@ def compile_(
         FolderFormat,
         typer.Option("--format", help="fxquant: the compiled graph; hf: a folder for transformers' from_pretrained."),
     ] = FolderFormat.fxquant,
+    workers: Workers = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -118,9 +124,11 @@ def compile_(
 
         fxquant compile model.gguf -c my-config.yaml -o out --overwrite
 
+        fxquant compile ./SmolLM2-135M -c W4A4-FPQ -o smollm2-fpq --workers 4
+
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-hf --format hf
     """
-    from fxquant import checkpoints, pipeline, store
+    from fxquant import checkpoints, engines, pipeline, store
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
@@ -129,12 +137,12 @@ def compile_(
         check_hf(settings, out, kv_cache, overwrite)
     else:
         store.check_place(out.absolute(), overwrite)
-    with progress_bars() as progress:
+    with progress_bars() as progress, engines.executor(engine, workers=workers, address=ray_address) as executor:
         loaded = checkpoints.load_model(model, kv_cache=kv_cache, progress=progress)
         data = calibration_data(settings, loaded, calibration)
         make = pipeline.quantize_ if hf else pipeline.compile
         compiled = make(loaded.model, config=settings, example_inputs=loaded.example_inputs, calibration=data,
-                        progress=progress)  # fmt: skip
+                        progress=progress, executor=executor)  # fmt: skip
         progress("save", 0, 0)
         if hf:
             save_hf(loaded, out)

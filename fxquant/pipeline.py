@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, q
 from fxquant.scheme import LayerRule
 from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
+from fxquant.tasks import IN_PROCESS, Executor, Prefixed
 from fxquant.verify import verify
 
 
@@ -56,6 +58,7 @@ def compile(
     passes: Sequence[Pass] = (),
     dynamic_shapes: Any = None,
     progress: Progress = quiet,
+    executor: Executor = IN_PROCESS,
 ) -> CompiledModel:
     """Compile ``model`` with a quantization config: capture it, rewrite the graph pass by pass, pack the weights.
 
@@ -63,12 +66,15 @@ def compile(
     where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
     path to YAML, TOML or JSON, a dict, or a Config. ``calibration``: batches of inputs (dicts, tuples or tensors), or
     token windows ``[n, length]``, for configs with methods that need data. ``passes``: passes of your own, run on the
-    float graph before the config's. The model itself is not changed.
+    float graph before the config's. ``executor``: where layers are solved, by default here, one after the other;
+    ``with fxquant.executor("processes") as executor`` makes one with workers. The bits are the same from each. The
+    model itself is not changed.
 
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
-    CalibrationError (data that do not fit, too little of them, NaN activations).
+    CalibrationError (data that do not fit, too little of them, NaN activations), TaskError (a task whose workers die).
     """
+    torch.set_num_threads(torch.get_num_threads())  # said, else MKL chooses by size, until a task runs with one
     settings = load_config(config)
     _check_calibration(settings, calibration)
     progress("capture", 0, 0)
@@ -77,14 +83,15 @@ def compile(
     rules = settings.layer_rules()
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
-    given = {"rules": rules, "calibration": _batches(settings, program, calibration), "progress": progress}
+    batches = _batches(settings, program, calibration)
+    given = {"rules": rules, "calibration": batches, "progress": progress, "executor": executor}
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
     methods = _methods(settings, given)
     stages = [
         *(Stage(own, given) for own in passes),
         *methods["float"],
         *activations,
-        Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
+        Stage(INSERT_QDQ, given),
         Stage(REMOVE_DEAD),
         *methods["codes"],
     ]
@@ -120,8 +127,13 @@ def _batches(settings: Config, program: Program, calibration: Calibration | None
 def _methods(settings: Config, given: Mapping[str, Any]) -> dict[str, list[Stage]]:
     """The methods a config asks for, in its order: those on float weights, and those on codes."""
     stages: dict[str, list[Stage]] = {"float": [], "codes": []}
+    seen = Counter[str]()
     for name, options in settings.methods():
-        stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **given}))
+        seen[name] += 1
+        own = dict(given)
+        if seen[name] > 1:  # a pass that runs again has tasks of its own
+            own["executor"] = Prefixed(given["executor"], f"{seen[name]}:")
+        stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **own}))
     return stages
 
 
@@ -150,6 +162,7 @@ def quantize_(
     *,
     calibration: Calibration | None = None,
     progress: Progress = quiet,
+    executor: Executor = IN_PROCESS,
 ) -> CompiledModel:
     """Compile ``model`` and write the packed weights back into it, so that its own methods (``generate``) run on them.
 
@@ -164,7 +177,7 @@ def quantize_(
     if example_inputs is None:
         example_inputs = default_inputs(model)
     try:
-        compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
+        compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress, executor=executor)
     except ConfigError as error:
         if any(isinstance(module, PackedWeight) for module in model.modules()):
             raise ConfigError(
