@@ -19,9 +19,12 @@ from typer.core import TyperGroup
 from fxquant import cli_compare, cli_config, cli_generate, cli_jobs, cli_kernels, cli_measure, cli_onnx, cli_recommend
 from fxquant.cli_options import (
     CalibrationText,
+    Engine,
     FolderFormat,
     Json,
     Overwrite,
+    RayAddress,
+    Workers,
     calibration_data,
     check_file,
     check_hf,
@@ -109,6 +112,9 @@ def compile_(
         FolderFormat,
         typer.Option("--format", help="fxquant: the compiled graph; hf: a folder for transformers' from_pretrained."),
     ] = FolderFormat.fxquant,
+    workers: Workers = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
     overwrite: Overwrite = False,
     resume: cli_jobs.Resume = False,
     restart: cli_jobs.Restart = False,
@@ -127,11 +133,13 @@ def compile_(
 
         fxquant compile model.gguf -c my-config.yaml -o out --overwrite
 
+        fxquant compile ./SmolLM2-135M -c W4A4-FPQ -o smollm2-fpq --workers 4
+
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-hf --format hf
 
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-fp4 --resume
     """
-    from fxquant import checkpoints, pipeline, store
+    from fxquant import checkpoints, engines, pipeline, store
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
@@ -146,12 +154,16 @@ def compile_(
     else:
         store.check_place(out.absolute(), overwrite)
     job = cli_jobs.job(model, out, made_of, resume=resume, restart=restart)
-    with cli_jobs.resumable(job), progress_bars() as progress:
+    with (
+        cli_jobs.resumable(job),
+        progress_bars() as progress,
+        engines.executor(engine, workers=workers, address=ray_address) as executor,
+    ):
         loaded = checkpoints.load_model(model, kv_cache=kv_cache, progress=progress)
         data = calibration_data(settings, loaded, calibration)
         make = pipeline.quantize_ if hf else pipeline.compile
         compiled = make(loaded.model, config=settings, example_inputs=loaded.example_inputs, calibration=data,
-                        job=job, progress=progress)  # fmt: skip
+                        job=job, progress=progress, executor=executor)  # fmt: skip
         progress("save", 0, 0)
         if hf:
             save_hf(loaded, out)

@@ -24,11 +24,37 @@ if TYPE_CHECKING:
     from fxquant.config import Config
     from fxquant.program import Progress
 
+
+class EngineName(StrEnum):
+    """``fxquant.engines.ENGINES``."""
+
+    in_process = "in-process"
+    processes = "processes"
+    ray = "ray"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 CalibrationText = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Text for methods that need data; by default text that comes with Python."),
+]
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="How many layers are solved at a time. The result is the same for any number."
+    ),
+]
+Engine = Annotated[
+    EngineName | None,
+    typer.Option(
+        help="Where layers are solved: here, in processes of this machine (for 2 workers and more), or on Ray."
+    ),
+]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster, or auto; without it one is started here.")
 ]
 
 

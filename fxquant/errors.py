@@ -70,6 +70,10 @@ class ModelError(FxquantError, ValueError):
     """A model path that cannot be read: no such file, or a kind that is not supported."""
 
 
+class TaskError(FxquantError, RuntimeError):
+    """A task that no worker could finish: each one died, or is another version; names the task."""
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'a' or 'b'?)`` for the known names closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -12,15 +12,19 @@ from fxquant import journal, results
 from fxquant.config import Config
 from fxquant.encoding import Json
 from fxquant.journal import Journal, Journaled, Start
-from fxquant.solvers import alternate, distill, gptq, lorc, search
+from fxquant.passes import gwq
+from fxquant.solvers import alternate, gptq, joint, lorc, search, zq_local
 from fxquant.tasks import Executor
 
 RESULTS = results.CORE | results.table(
-    gptq.Solution,
-    lorc.Solution,
     alternate.Pair,
+    gptq.Solution,
+    gwq.Kept,
+    joint.Found,
+    lorc.LowRank,
+    lorc.Solution,
     search.Activation,
-    distill.Outcome,
+    zq_local.Solution,
 )
 """The dataclasses that results of tasks are made of: a row each."""
 

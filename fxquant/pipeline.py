@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, q
 from fxquant.scheme import LayerRule
 from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
-from fxquant.tasks import IN_PROCESS
+from fxquant.tasks import IN_PROCESS, Executor, Prefixed
 from fxquant.verify import verify
 
 
@@ -60,6 +61,7 @@ def compile(
     dynamic_shapes: Any = None,
     job: str | Path | Job | None = None,
     progress: Progress = quiet,
+    executor: Executor = IN_PROCESS,
 ) -> CompiledModel:
     """Compile ``model`` with a quantization config: capture it, rewrite the graph pass by pass, pack the weights.
 
@@ -67,13 +69,17 @@ def compile(
     where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
     path to YAML, TOML or JSON, a dict, or a Config. ``calibration``: batches of inputs (dicts, tuples or tensors), or
     token windows ``[n, length]``, for configs with methods that need data. ``passes``: passes of your own, run on the
-    float graph before the config's. The model itself is not changed. ``job``: a folder in which finished tasks of the
-    config's methods are kept, so that the same call continues after it was stopped; it stays until you remove it.
+    float graph before the config's. ``job``: a folder in which finished tasks of the config's methods are kept, so that
+    the same call continues after it was stopped; it stays until you remove it. ``executor``: where layers are solved,
+    by default here, one after the other; ``with fxquant.executor("processes") as executor`` makes one with workers. The
+    bits are the same from each. The model itself is not changed.
 
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
-    CalibrationError (data that do not fit, too little of them, NaN activations), JobError (a folder of another job).
+    CalibrationError (data that do not fit, too little of them, NaN activations), TaskError (a task whose workers die),
+    JobError (a folder of another job).
     """
+    torch.set_num_threads(torch.get_num_threads())  # said, else MKL chooses by size, until a task runs with one
     settings = load_config(config)
     _check_calibration(settings, calibration)
     progress("capture", 0, 0)
@@ -87,14 +93,14 @@ def compile(
     )  # fmt: skip
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
-    given = {"rules": rules, "calibration": batches, "progress": progress}
-    with kept(IN_PROCESS, job if settings.passes or passes else None, made_from, settings) as tasks:
-        stages = _stages(settings, passes, {**given, "executor": tasks})
+    given = {"rules": rules, "calibration": batches, "progress": progress, "executor": executor}
+    with kept(executor, job if settings.passes or passes else None, made_from, settings) as keeping:
+        stages = _stages(settings, passes, given, keeping)
         run(program, stages, check=verify, measure=measure, progress=progress)
     progress("observe", 0, 0)
     program.observations = observe(program, _example(program, example_inputs))
-    stored = [Stage(STORE_KV_CACHE)] if any(name == QUANTIZE_KV_CACHE.name for name, _ in settings.methods()) else []
-    lowering = [Stage(LOWER), *stored, Stage(REMOVE_DEAD)]
+    cached = any(METHODS[name] is QUANTIZE_KV_CACHE for name, _ in settings.methods())
+    lowering = [Stage(LOWER), *([Stage(STORE_KV_CACHE)] if cached else []), Stage(REMOVE_DEAD)]
     run(program, lowering, check=verify, measure=measure, progress=progress)
     return CompiledModel(program, settings, origin=made_from)
 
@@ -104,15 +110,16 @@ def _packages(model: Any) -> tuple[str, ...]:
     return ("transformers",) if isinstance(model, nn.Module) and is_hugging_face(model) else ()
 
 
-def _stages(settings: Config, passes: Sequence[Pass], given: Mapping[str, Any]) -> list[Stage]:
-    """What a config makes of a float graph, up to its codes."""
-    rules, methods = given["rules"], _methods(settings, given)
+def _stages(settings: Config, passes: Sequence[Pass], given: Mapping[str, Any], keeping: Executor) -> list[Stage]:
+    """What a config makes of a float graph, up to its codes; rounding to nearest costs less than to keep its results."""
+    solving = {**given, "executor": keeping}
+    rules, methods = given["rules"], _methods(settings, solving)
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
     return [
         *(Stage(own, given) for own in passes),
         *methods["float"],
         *activations,
-        Stage(INSERT_QDQ, {"rules": rules, "progress": given["progress"]}),
+        Stage(INSERT_QDQ, given),
         Stage(REMOVE_DEAD),
         *methods["codes"],
     ]
@@ -138,8 +145,13 @@ def _batches(settings: Config, program: Program, calibration: Calibration | None
 def _methods(settings: Config, given: Mapping[str, Any]) -> dict[str, list[Stage]]:
     """The methods a config asks for, in its order: those on float weights, and those on codes."""
     stages: dict[str, list[Stage]] = {"float": [], "codes": []}
+    seen = Counter[str]()
     for name, options in settings.methods():
-        stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **given}))
+        seen[name] += 1
+        own = dict(given)
+        if seen[name] > 1:  # a pass that runs again has tasks of its own
+            own["executor"] = Prefixed(given["executor"], f"{seen[name]}:")
+        stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **own}))
     return stages
 
 
@@ -170,6 +182,7 @@ def quantize_(
     calibration: Calibration | None = None,
     job: str | Path | Job | None = None,
     progress: Progress = quiet,
+    executor: Executor = IN_PROCESS,
 ) -> CompiledModel:
     """Compile ``model`` and write the packed weights back into it, so that its own methods (``generate``) run on them.
 
@@ -184,7 +197,9 @@ def quantize_(
     if example_inputs is None:
         example_inputs = default_inputs(model)
     try:
-        compiled = compile(model, example_inputs, config, calibration=calibration, job=job, progress=progress)
+        compiled = compile(
+            model, example_inputs, config, calibration=calibration, job=job, progress=progress, executor=executor
+        )
     except ConfigError as error:
         if any(isinstance(module, PackedWeight) for module in model.modules()):
             raise ConfigError(

@@ -44,10 +44,21 @@ GROUP_OF = {
     "weight_table": "pipeline", "hf_quantizer": "pipeline", "checkpoints": "top", "model_card": "top", "lm_eval": "top",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
     "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top",
-    "cli_config": "top", "cli_options": "top", "demo": "top",
+    "cli_config": "top", "cli_options": "top", "demo": "top", "engines": "pipeline",
     "cli_export": "top", "export_folder": "top", "export_ggml": "top", "export_check": "top", "dynamo": "top",
 }  # fmt: skip
-HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf", "lm_eval", "compressed_tensors"}
+HEAVY = {
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "triton",
+    "transformers",
+    "gguf",
+    "lm_eval",
+    "compressed_tensors",
+    "ray",
+    "joblib",
+}
 ON_DEMAND = {"hf_quantizer", "lm_eval"}  # they derive from classes of heavy packages; nothing imports them at its top
 
 
