@@ -111,7 +111,7 @@ def _packages(model: Any) -> tuple[str, ...]:
 
 
 def _stages(settings: Config, passes: Sequence[Pass], given: Mapping[str, Any], keeping: Executor) -> list[Stage]:
-    """What a config makes of a float graph, up to its codes; rounding to nearest costs less than to keep its results."""
+    """What a config makes of a float graph, up to its codes. Rounding to nearest is done again sooner than kept."""
     solving = {**given, "executor": keeping}
     rules, methods = given["rules"], _methods(settings, solving)
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []

@@ -45,7 +45,7 @@ def data() -> list[tuple[Tensor]]:
     return [(torch.randn(32, 24, generator=generator),) for _ in range(4)]
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """Something that stops a job."""
 
 
@@ -53,7 +53,7 @@ class Stop(Exception):
 def test_a_job_that_was_stopped_goes_on(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         "rules": [
-            {"match": "*", "weight": "int1/channel" if method == "pb_llm" else "e2m1/channel"}
+            {"match": "*", "weight": "lut(-1,1)/channel" if method == "pb_llm" else "e2m1/channel"}
             | ({"activation": "e2m1/tensor"} if "W4A4" in method else {})
         ],
         "passes": METHODS[method],
@@ -65,7 +65,7 @@ def test_a_job_that_was_stopped_goes_on(method: str, tmp_path: Path, monkeypatch
         if task.name.startswith("insert_qdq/"):
             return perform(task)
         if len(solved) == last[0]:
-            raise Stop
+            raise StoppedError
         solved.append(task.name)
         return perform(task)
 
@@ -81,7 +81,7 @@ def test_a_job_that_was_stopped_goes_on(method: str, tmp_path: Path, monkeypatch
     solved.clear()
     for stop in range(1, every) if method == "gptq" else (every // 2,):
         last[0] = stop
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             compiled(tmp_path / "job", "stopped")
     last[0] = every
     assert compiled(tmp_path / "job", "resumed")[1] == want
