@@ -1,5 +1,7 @@
 """Saved models: a folder with ``graph.json`` (``document``) and ``model.safetensors``. Data, never code.
 
+Beside them ``timings.json`` holds what a job took: all that differs when it is run again. It may be removed.
+
 A folder is complete or not there: it is written beside its place and renamed into it. Reading one can fail in one way
 only, with a LoadError; nothing in it is executed, and no link is followed.
 """
@@ -20,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant.document import check_header, decode, encode
-from fxquant.encoding import Json, MalformedError
+from fxquant.encoding import Json, MalformedError, decode_timings, encode_timings
 from fxquant.errors import LoadError, SaveError
 from fxquant.program import Program
 
-GRAPH, WEIGHTS, TOKENIZER, KERNELS = "graph.json", "model.safetensors", "tokenizer", "kernels"
+GRAPH, WEIGHTS, TIMINGS = "graph.json", "model.safetensors", "timings.json"
+TOKENIZER, KERNELS = "tokenizer", "kernels"
 KERNEL_MARK = "# Written by fxquant kernels"
 """How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
 _ALIGNMENT = 64  # bytes: what torch gives its own tensors
@@ -60,7 +63,7 @@ def save(
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         temporary.mkdir()
-        _write(temporary, content, tensors)
+        _write(temporary, content, tensors, json.dumps(encode_timings(program.trace)).encode())
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary / TOKENIZER))
         _move(temporary, target)
@@ -82,7 +85,7 @@ def check_place(target: Path, overwrite: bool) -> None:
         raise SaveError(f"{target} exists already; choose another folder, or pass overwrite (--overwrite)")
     if target.is_symlink() or not target.is_dir():
         raise SaveError(f"{target} is not a folder, so it is not overwritten; remove it or choose another place")
-    others = sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TOKENIZER, KERNELS})
+    others = sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TIMINGS, TOKENIZER, KERNELS})
     if others := others + [f"{KERNELS}/{name}" for name in not_kernels(target / KERNELS)]:
         raise SaveError(
             f"{target} holds {others[0]!r}, which is not part of a saved model, so it is not overwritten; "
@@ -104,9 +107,10 @@ def _is_kernels(path: Path) -> bool:
         return stream.read(len(KERNEL_MARK)) == KERNEL_MARK.encode()
 
 
-def _write(folder: Path, content: bytes, tensors: dict[str, Tensor]) -> None:
+def _write(folder: Path, content: bytes, tensors: dict[str, Tensor], timings: bytes) -> None:
     save_file(tensors, folder / WEIGHTS)
     (folder / GRAPH).write_bytes(content)
+    (folder / TIMINGS).write_bytes(timings)
     for path in (folder / WEIGHTS, folder / GRAPH, folder):
         _sync(path)
 
@@ -149,7 +153,11 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
         file = folder / WEIGHTS
         stored = read_tensors(file)
         file = folder
-        return decode(document, stored)
+        program, config = decode(document, stored)
+        file = folder / TIMINGS
+        if os.path.lexists(file):
+            program.trace = decode_timings(read_json(file), program.trace)
+        return program, config
     except MalformedError as error:
         raise LoadError(f"{file}: {error}; {error.hint}") from None
     except Exception as error:  # a file made to break its reader gets the same answer as any other bad file
@@ -157,8 +165,9 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise LoadError unless ``folder`` holds the two files of a saved model, as files of its own."""
-    for file in (folder, folder / GRAPH, folder / WEIGHTS):
+    """Raise LoadError unless ``folder`` holds the files of a saved model, as files of its own."""
+    timings = [folder / TIMINGS] if os.path.lexists(folder / TIMINGS) else []
+    for file in (folder, folder / GRAPH, folder / WEIGHTS, *timings):
         try:
             mode = file.stat().st_mode if file == folder else file.lstat().st_mode
         except (OSError, ValueError) as error:
