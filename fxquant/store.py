@@ -1,7 +1,9 @@
 """Saved models: a folder with ``graph.json`` (``document``) and ``model.safetensors``. Data, never code.
 
-``manifest.json`` beside them says what the model was made from (``origin``), and the checksums of both. A folder is
-complete or not there: it is written beside its place and renamed into it. Reading one can fail in one way
+Beside them ``manifest.json`` says what the model was made from (``origin``), with the checksums of both, and
+``timings.json`` what a job took: all that differs when it is run again. Both may be removed.
+
+A folder is complete or not there: it is written beside its place and renamed into it. Reading one can fail in one way
 only, with a LoadError; nothing in it is executed, and no link is followed.
 """
 
@@ -21,12 +23,12 @@ from torch import Tensor
 
 from fxquant import outputs
 from fxquant.document import check_header, decode, encode
-from fxquant.encoding import Json, MalformedError, fields, text
+from fxquant.encoding import Json, MalformedError, decode_timings, encode_timings, fields, text
 from fxquant.errors import LoadError, SaveError
 from fxquant.program import Program
 
-GRAPH, WEIGHTS, TOKENIZER, KERNELS = "graph.json", "model.safetensors", "tokenizer", "kernels"
-MANIFEST = "manifest.json"
+GRAPH, WEIGHTS, TIMINGS, MANIFEST = "graph.json", "model.safetensors", "timings.json", "manifest.json"
+TOKENIZER, KERNELS = "tokenizer", "kernels"
 KERNEL_MARK = "# Written by fxquant kernels"
 """How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
 _ALIGNMENT = 64  # bytes: what torch gives its own tensors
@@ -66,6 +68,7 @@ def save(
         with outputs.replacing_folder(target, overwrite=overwrite) as folder:
             save_file(tensors, folder / WEIGHTS)
             (folder / GRAPH).write_bytes(content)
+            (folder / TIMINGS).write_bytes(json.dumps(encode_timings(program.trace)).encode())
             write_manifest(folder, origin)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(folder / TOKENIZER))
@@ -85,7 +88,7 @@ def check_place(target: Path, overwrite: bool) -> None:
         raise SaveError(f"{target} exists already; choose another folder, or pass overwrite (--overwrite)")
     if target.is_symlink() or not target.is_dir():
         raise SaveError(f"{target} is not a folder, so it is not overwritten; remove it or choose another place")
-    others = sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, MANIFEST, TOKENIZER, KERNELS})
+    others = sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TIMINGS, MANIFEST, TOKENIZER, KERNELS})
     if others := others + [f"{KERNELS}/{name}" for name in not_kernels(target / KERNELS)]:
         raise SaveError(
             f"{target} holds {others[0]!r}, which is not part of a saved model, so it is not overwritten; "
@@ -172,9 +175,12 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
         file = folder / WEIGHTS
         stored = read_tensors(file)
         file = folder
-        decoded = decode(document, stored)
+        program, config = decode(document, stored)
         check_sums(folder, [GRAPH])
-        return decoded
+        file = folder / TIMINGS
+        if os.path.lexists(file):
+            program.trace = decode_timings(read_json(file), program.trace)
+        return program, config
     except MalformedError as error:
         raise LoadError(f"{file}: {error}; {error.hint}") from None
     except Exception as error:  # a file made to break its reader gets the same answer as any other bad file
@@ -182,8 +188,9 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise LoadError unless ``folder`` holds the two files of a saved model, as files of its own."""
-    for file in (folder, folder / GRAPH, folder / WEIGHTS):
+    """Raise LoadError unless ``folder`` holds the files of a saved model, as files of its own."""
+    timings = [folder / TIMINGS] if os.path.lexists(folder / TIMINGS) else []
+    for file in (folder, folder / GRAPH, folder / WEIGHTS, *timings):
         try:
             mode = file.stat().st_mode if file == folder else file.lstat().st_mode
         except (OSError, ValueError) as error:

@@ -75,7 +75,10 @@ def on_disk(folder: Path) -> set[str]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """All but the one file that says how long it took."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    found.pop("timings.json")
+    return found
 
 
 def prepared(folder: Path) -> None:

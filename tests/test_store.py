@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.program import Program, Stage, run, text
 from fxquant.rewrite import aten, attach, get_attr, identity, tensors
 from fxquant.scheme import LayerRule, parse_spec
+from fxquant.show.summary import summarize
 from fxquant.store import load, save
 
 CONFIG = {"recipe": "rtn", "rules": [{"match": "*", "weight": "e3m2/channel"}], "ratio": 0.5, "none": None}
@@ -134,7 +137,7 @@ def test_a_loaded_program_is_the_saved_one(make: Any, lowered: bool, tmp_path: P
     assert same(loaded(*inputs), program(*inputs))
     loaded.gm.graph.lint()
     assert sorted(os.listdir(tmp_path)) == ["m"]
-    assert sorted(os.listdir(tmp_path / "m")) == ["graph.json", "manifest.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "m")) == ["graph.json", "manifest.json", "model.safetensors", "timings.json"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -185,6 +188,33 @@ def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
 def test_a_trace_keeps_lines_that_steps_share_once(saved: Path) -> None:
     trace = json.loads((saved / "graph.json").read_text())["trace"]
     assert len(set(trace["lines"])) == len(trace["lines"]) < sum(len(step["text"]) for step in trace["steps"])
+
+
+def test_what_a_job_took_is_apart_and_may_be_missing(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "m")
+    assert "seconds" not in (saved / "graph.json").read_text()
+    timed = load(tmp_path / "m")[0].trace
+    assert all(step.seconds is not None and step.seconds >= 0 for step in timed)
+    (tmp_path / "m" / "timings.json").unlink()
+    untimed = load(tmp_path / "m")[0]
+    assert [replace(step, seconds=None) for step in timed] == untimed.trace
+    assert summarize(untimed).seconds is None
+    assert not re.search(r"[0-9] s\b", str(summarize(untimed)))
+    assert re.search(r"[0-9] s\b", str(summarize(load(saved)[0])))
+
+
+def test_a_model_of_version_1_has_its_times_in_the_graph(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "m")
+    (tmp_path / "m" / "timings.json").unlink()
+    found = json.loads((saved / "graph.json").read_text())
+    found["version"] = 1
+    for i, step in enumerate(found["trace"]["steps"]):
+        step["seconds"] = i + 0.5
+    (tmp_path / "m" / "graph.json").write_text(json.dumps(found))
+    program, _ = load(tmp_path / "m")
+    assert [step.seconds for step in program.trace] == [i + 0.5 for i in range(len(program.trace))]
+    save(program, tmp_path / "again", config={})
+    assert load(tmp_path / "again")[0].trace == program.trace
 
 
 def test_special_values_survive(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def _context(
         "specs": [(spec, describe_spec(spec)) for spec in specs(summary)],
         "formats": formats(summary),
         "reasons": _reasons(summary),
-        "max_seconds": max((step.seconds for step in summary.steps), default=0.0),
+        "max_seconds": max((step.seconds or 0.0 for step in summary.steps), default=0.0),
         "max_step_error": max((_finite(step.error) for step in summary.steps), default=0.0),
         "share": _share,
         "data": embedded(page_data(program, summary, comparison)),
