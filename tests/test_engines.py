@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +88,9 @@ def equal(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return equal(vars(a), vars(b)) if hasattr(a, "__dict__") else equal(list(a.values()), list(b.values())) if isinstance(a, dict) else bool(a == b)  # fmt: skip
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    return equal(vars(a), vars(b)) if hasattr(a, "__dict__") else bool(a == b)
 
 
 @pytest.fixture(scope="module")
