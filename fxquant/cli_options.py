@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxquant.errors import FormatError, FxquantError, InputError, ModelError, SaveError
+from fxquant.files import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -234,9 +235,7 @@ def tokenizer_in(folder: Path | None, model: Path) -> Any:
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not (place / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")
-    return checkpoints.transformers().AutoTokenizer.from_pretrained(
-        place, local_files_only=True, trust_remote_code=False
-    )
+    return checkpoints.read_tokenizer(place)
 
 
 def read_text(text: Path | None) -> str | None:
@@ -253,4 +252,4 @@ def print_json(value: dict[str, Any] | Iterable[Any]) -> None:
 
 
 def note(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(f"note: {text}", style="yellow"))
+    Console(stderr=True, soft_wrap=True).print(Text(f"note: {shown(text)}", style="yellow"))
