@@ -1,7 +1,8 @@
 """Kills ``fxquant compile`` at random moments, continues it, and compares: ``python tests/kills.py --kills 50``.
 
-Each time a process is killed (SIGKILL) at a moment drawn uniformly from the time that it takes, imports, journal and
-final save included, and the job is continued with --resume. The output has to equal that of a process that nobody
+Each time a process is killed (SIGKILL), and the job is continued with --resume. The moment is drawn uniformly from the
+time that a process takes, imports and final save included; every second one from the time after the job's folder is
+made, of which the tasks and the writing of their results are most. The output has to equal that of a process that nobody
 killed in every byte of every file, and no task whose result was on the disk at the kill may run again. What runs is
 told by the processes themselves: each writes a line to a log when a task begins and when it ends.
 """
@@ -91,11 +92,24 @@ def prepared(folder: Path) -> None:
     (folder / "text.txt").write_text(TEXT)
 
 
-def killed(folder: Path, moment: float) -> str | None:
-    """Kill a process ``moment`` seconds after its start; where that was, None where it had ended before."""
+def begun(folder: Path, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until the job's folder is made; False where the process ends before."""
+    while not (folder / "out.job").exists():
+        try:
+            process.wait(0.02)
+            return False
+        except subprocess.TimeoutExpired:
+            continue
+    return True
+
+
+def killed(folder: Path, moment: float, *, after_begin: bool) -> str | None:
+    """Kill a process ``moment`` seconds after its start, or after the job began; where that was, None: it had ended."""
     log = folder / "killed.log"
     log.unlink(missing_ok=True)
     process = started(folder, log)
+    if after_begin and not begun(folder, process):
+        return None
     try:
         process.wait(moment)
     except subprocess.TimeoutExpired:
@@ -142,19 +156,22 @@ def main() -> None:
         folder = Path(name)
         prepared(folder)
         begin = time.perf_counter()
-        assert started(folder, folder / "whole.log").wait() == 0, (folder / "told.txt").read_text()[-3000:]
+        process = started(folder, folder / "whole.log")
+        assert begun(folder, process), (folder / "told.txt").read_text()[-3000:]
+        before = time.perf_counter() - begin
+        assert process.wait() == 0, (folder / "told.txt").read_text()[-3000:]
         seconds, want = time.perf_counter() - begin, files(folder / "out")
         every = len(lines(folder / "whole.log", "end "))
-        print(f"{every} tasks, {len(want)} files, {seconds:.1f} s without a kill", flush=True)
-        while sum(where.values()) < given.kills:
+        print(f"{every} tasks, {len(want)} files, {seconds:.1f} s without a kill, {before:.1f} s of it before the job")
+        while (count := sum(where.values())) < given.kills:
             cleared(folder)
-            moment = draw.uniform(0, seconds)
-            if (place := killed(folder, moment)) is None:
+            moment = draw.uniform(0, seconds - (before if count % 2 else 0))
+            if (place := killed(folder, moment, after_begin=count % 2 == 1)) is None:
                 continue
             done, now = resumed(folder, want, every)
             finished, solved = finished + done, solved + now
             where[place] += 1
-            print(f"{sum(where.values())}: killed after {moment:.2f} s, {place}: {done} kept, {now} solved", flush=True)
+            print(f"{count + 1}: killed after {moment:.2f} s, {place}: {done} kept, {now} solved", flush=True)
     print(f"{given.kills} kills ({', '.join(f'{n} {k}' for k, n in where.most_common())}), {given.kills} resumes: all "
           f"bytes the same; {finished} finished tasks, none solved again, {solved} solved after a kill")  # fmt: skip
 
