@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import claims
+from fxquant.downloads import check_complete
 from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.examples import example_inputs
 from fxquant.gguf_header import check_gguf
@@ -207,12 +208,19 @@ def check_path(path: Path) -> None:
                          f"hf download NAME --local-dir FOLDER fetches one)")  # fmt: skip
     if path.is_file():
         _check_file(path)
+        check_complete(path)
     elif (path / "graph.json").exists():
         raise ModelError(f"{path} is a model that fxquant compiled already (fxquant inspect shows it, fxquant.load "
                          f"reads it); give the float model that it was compiled from")  # fmt: skip
     elif not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; {_KINDS}{_inside(path)}")
-    elif not any(path.glob("*.safetensors")):
+    else:
+        check_complete(path)
+        _check_weights(path)
+
+
+def _check_weights(path: Path) -> None:
+    if not any(path.glob("*.safetensors")):
         pickles = sorted(f.name for suffix in _PICKLES for f in path.glob(f"*{suffix}"))
         if pickles:
             raise ModelError(f"{path} holds pickled weights ({', '.join(pickles)}), which may run code when read and "

@@ -2,9 +2,9 @@
 
 Each time a process is killed (SIGKILL), and the job is continued with --resume. The moment is drawn uniformly from
 the time that a process takes, imports and final save included; every second one from the time after the job has its
-folder, most of which goes to the tasks and the writing of their results. The output has to equal that of a process that nobody
-killed in every byte of every file, and no task whose result was on the disk at the kill may run again. What runs is
-told by the processes themselves: each writes a line to a log when a task begins and when it ends.
+folder, most of which goes to the tasks and the writing of their results. The output has to equal that of a process
+that nobody killed in every byte of every file, and no task whose result was on the disk at the kill may run again.
+What runs is told by the processes themselves: each writes a line to a log when a task begins and when it ends.
 """
 
 from __future__ import annotations
