@@ -113,15 +113,15 @@ class Statistics:
             rows += len(x)
         return total * (2 / max(rows, 1))
 
-    def whole(self) -> tuple[Tensor, Tensor | None]:
-        """``hessian`` and ``drift`` over all batches, those that are held out too."""
-        if self.held_out_hessian is None:
-            return self.hessian, self.drift
-        part = sum(len(x) for x in self.columns(self.held_out)) / max(self.rows, 1)
-        drift = self.held_out_drift
-        return self.hessian.lerp(self.held_out_hessian, part), None if self.drift is None or drift is None else (
-            self.drift.lerp(drift, part)
-        )
+    @property
+    def share(self) -> float:
+        """The part of all rows that is held out."""
+        return sum(len(x) for x in self.columns(self.held_out)) / max(self.rows, 1)
+
+    @property
+    def figures(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
+        """``hessian`` and ``drift``, the same of what is held out, and ``share``: what solvers know of the inputs."""
+        return self.hessian, self.drift, self.held_out_hessian, self.held_out_drift, self.share
 
     @cached_property
     def largest(self) -> Tensor:

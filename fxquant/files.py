@@ -49,10 +49,17 @@ def text(path: str | Path, limit: int = MAX_TEXT) -> str:
     return read(path, limit).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def strict_json(content: bytes) -> Any:
-    """What JSON says, without keys given twice, NaN or infinities. ValueError for all else, however deep it nests."""
+def shown(text: str) -> str:
+    """The text with control characters, but for ends of lines and tabs, as escapes: a terminal would obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def strict_json(content: bytes, *, infinite: bool = False) -> Any:
+    """What JSON says, without keys given twice, NaN or infinities (which ``infinite`` allows). ValueError for all else,
+    however deep it nests."""
+    constant = _infinite if infinite else _no_constant
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=constant)
     except RecursionError:
         raise ValueError("its JSON is nested too deep") from None
 
@@ -67,6 +74,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("an object of its JSON has a key twice")
     return found
+
+
+def _infinite(name: str) -> float:
+    return float("-inf" if name == "-Infinity" else "inf") if name != "NaN" else _no_constant(name)
 
 
 def _no_constant(name: str) -> Any:

@@ -41,6 +41,12 @@ def quant_of(node: fx.Node) -> WeightQuant:
     return quant
 
 
+def task_name(rule: str, node: fx.Node) -> str:
+    """The name of the task of pass ``rule`` for the weight of a dequantize node: no two nodes have the same."""
+    quant = quant_of(node)
+    return f"{rule}/{quant.weight}{'_t' if quant.transposed else ''}"
+
+
 def float_weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     """The float weight that a dequantize node stands for, seen as the node gives it: ``[..., out, in]``."""
     quant = quant_of(node)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,29 +26,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fxquant import pipeline, spool, store
+from fxquant import outputs, pipeline, spool, store
 from fxquant.calibrate import Calibration
 from fxquant.capture import capture
 from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
 from fxquant.deferred import Rounding, part_of, taken_from
-from fxquant.errors import ConfigError
+from fxquant.encoding import Json, MalformedError, decode_number, encode_value
+from fxquant.errors import ConfigError, FxquantError, SaveError
 from fxquant.graph import WeightQuant, info, update_info
+from fxquant.jobs import Job, kept
+from fxquant.journal import Journal, Journaled
 from fxquant.lazy import Called, Computed, FromFile, Lazy
 from fxquant.observations import LayerObservation, Observations
 from fxquant.observe import ROWS, Seen, sampled_rows, see, told
+from fxquant.observed import decode_observations, encode_observations
+from fxquant.origin import of_path, origin
 from fxquant.program import Measured, Program, Progress, quiet
 from fxquant.qtensor import error_squares
+from fxquant.rewrite import fetch, get_attrs
 from fxquant.scales import Scales
 from fxquant.show.summary import model_bytes
-from fxquant.tasks import single_threaded
+from fxquant.tasks import IN_PROCESS, Executor, single_threaded
 from fxquant.weight_file import WeightFile
 
 ELEMENTS = 1 << 19
 """Values of a weight that a thread has in memory at a time, so few that they stay in a core's cache."""
+FLUSH = 1 << 28
+"""Bytes that are written before the disk is told to take them, and a journal notes them."""
+BATCH = 32
+"""Weights whose sampled rows are looked at together; more only cost memory."""
 Result = TypeVar("Result")
 AHEAD = 1 << 29
 """Bytes that the system is asked to read before they are needed."""
+_NOTE = "weights/"
 _WHOLE = ("zq_global", "rotate", "smooth")
 """Methods that hold more of the model at a time than one layer."""
 
@@ -60,49 +73,92 @@ def compile_to(
     calibration: Calibration | None = None,
     tokenizer: Any | None = None,
     overwrite: bool = False,
+    job: str | Path | Job | None = None,
     progress: Progress = quiet,
+    executor: Executor = IN_PROCESS,
 ) -> CompiledModel:
     """Compile ``model`` and save it to the folder ``out``, packing each weight as it is written there.
 
     For a model whose weights are Lazy, ``checkpoints.load_model(path, lazy=True)``, which is never in memory as a
     whole: its graph is traced by shapes, and what ``compile`` measures by running the model, errors of outputs and
     histograms of inputs, is left out. The weights are those that ``compile`` and ``save`` write, bit for bit. Arguments
-    are those of ``compile`` and of ``CompiledModel.save``. Returns the compiled model, its weights mapped from ``out``.
+    are those of ``compile`` and of ``CompiledModel.save``; a ``job`` keeps every weight that was written. Returns the
+    compiled model, its weights mapped from ``out``.
 
     Raises what these raise; ConfigError for methods that need more of a model at a time than a layer.
     """
+    torch.set_num_threads(torch.get_num_threads())  # as compile does
     settings, target = load_config(config), Path(os.path.abspath(out))
     check_methods(settings)
     pipeline.check_calibration(settings, calibration)
     store.check_place(target, overwrite)
     progress("capture", 0, 0)
-    with store.replacing(target) as folder, spool.into(folder):
-        program = capture(model, example_inputs)
-        rewrite(program, settings, calibration=calibration, progress=progress)
-        written = write_weights(program, folder / store.WEIGHTS, progress=progress)
-        record(program, written)
-        progress("save", 0, 0)
-        store.finish(program, folder, config=settings.to_dict(), tokenizer=tokenizer)
+    program = capture(model, example_inputs)
+    batches = pipeline.batches_for(settings, program, calibration)
+    made_from = origin(
+        program, settings, source=job.source if isinstance(job, Job) else _source(program), examples=example_inputs,
+        calibration=batches, packages=pipeline.packages_of(model),
+    )  # fmt: skip
+    given = {"calibration": batches, "progress": progress, "executor": executor}
+    try:
+        with (
+            kept(executor, job, made_from, settings) as keeping,
+            outputs.replacing_folder(target, overwrite=overwrite) as folder,
+            spool.into(folder),
+        ):
+            rewrite(program, settings, given, keeping)
+            journal = keeping.journal if isinstance(keeping, Journaled) else None
+            weights = (journal.folder if journal is not None else folder) / store.WEIGHTS
+            record(program, write_weights(program, weights, journal=journal, progress=progress))
+            progress("save", 0, 0)
+            if journal is not None:
+                _linked(weights, folder / store.WEIGHTS)
+            store.finish(program, folder, config=settings.to_dict(), tokenizer=tokenizer, origin=made_from)
+    except OSError as error:
+        if isinstance(error, FxquantError):
+            raise
+        raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
     return pipeline.load(target)
+
+
+def _source(program: Program) -> dict[str, Json] | None:
+    """What tells the files that weights are read from; None for a model whose weights are in memory."""
+    values = (fetch(program.gm, str(node.target)) for node in get_attrs(program.gm.graph))
+    folders = sorted({source.path.parent for value in values for source in sources_of(value)})
+    return {"folders": [of_path(folder) for folder in folders]} if folders else None
+
+
+def _linked(weights: Path, path: Path) -> None:
+    """``weights`` at ``path`` too, so that it is in the job until the output is there; a copy on another disk."""
+    try:
+        os.link(weights, path)
+    except OSError:
+        shutil.copyfile(weights, path)
+
+
+def can(settings: Config) -> bool:
+    """Whether a config's methods can be streamed."""
+    return not any(name in _WHOLE for name, _ in settings.methods())
 
 
 def check_methods(settings: Config) -> None:
     """Raise a ConfigError for methods that cannot be streamed."""
-    if found := [name for name, _ in settings.methods() if name in _WHOLE]:
+    if not can(settings):
+        found = next(name for name, _ in settings.methods() if name in _WHOLE)
         raise ConfigError(
-            f"{found[0]} changes several layers of a model together and cannot be streamed; leave it out of passes, or "
+            f"{found} changes several layers of a model together and cannot be streamed; leave it out of passes, or "
             f"compile in memory, without --stream"
         )
 
 
-def rewrite(program: Program, settings: Config, *, calibration: Any = None, progress: Progress = quiet) -> None:
+def rewrite(program: Program, settings: Config, given: Mapping[str, Any], keeping: Executor) -> None:
     """The passes of ``compile``, on a program with Lazy weights. No weight is read for rounding to nearest."""
 
     def measure(program: Program) -> Measured:
         return Measured(None, model_bytes(program.gm))
 
-    pipeline.to_qdq(program, settings, calibration=calibration, measure=measure, progress=progress)
-    pipeline.to_packed(program, settings, measure=measure, progress=progress)
+    pipeline.to_qdq(program, settings, given, keeping, measure=measure)
+    pipeline.to_packed(program, settings, measure=measure, progress=given["progress"])
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
@@ -155,28 +211,36 @@ class Written:
     there is to say of it."""
 
     errors: dict[str, float] = field(default_factory=dict)
-    layers: list[LayerObservation] = field(default_factory=list)
-    seen: list[Seen] = field(default_factory=list)
+    layers: dict[str, LayerObservation] = field(default_factory=dict)
 
-    def add(self, name: str, error: float, seen: Seen) -> None:
-        self.errors[name] = error
-        self.seen.append(seen)
-        if sum(s.W.numel() for s in self.seen) > 1 << 22:
-            self.settle()
+    def add(self, unit: str, error: float, layer: LayerObservation) -> None:
+        self.errors[unit], self.layers[unit] = error, layer
 
-    def settle(self) -> None:
-        """Turn sampled rows into figures."""
-        self.layers += told(self.seen)
-        self.seen = []
+    def noted(self, unit: str) -> dict[str, Json]:
+        """What a journal keeps of a unit."""
+        if unit not in self.errors:
+            return {}
+        seen = encode_observations(Observations((self.layers[unit],), ROWS))
+        return {"error": encode_value(self.errors[unit]), "seen": seen}
+
+    def recall(self, unit: Unit, facts: Mapping[str, Json]) -> None:
+        """The inverse of ``noted``. Raises MalformedError."""
+        if unit.rounding is not None:
+            (layer,) = decode_observations(facts["seen"])
+            self.add(unit.name, decode_number(facts["error"], unit.name), layer)
 
 
-def write_weights(program: Program, path: Path, *, progress: Progress = quiet) -> Written:
-    """Write every tensor of a packed program to a new safetensors file, each weight read, rounded and packed once."""
+def write_weights(
+    program: Program, path: Path, *, journal: Journal | None = None, progress: Progress = quiet
+) -> Written:
+    """Write every tensor of a packed program to a safetensors file, each weight read, rounded and packed once.
+
+    With a ``journal`` the file may be there, and the units that it notes are finished: they are checked and kept. A
+    unit is noted once it is on the disk.
+    """
     tensors = store.stored_tensors(program)
     units, written = units_of(tensors), Written()
     names = layer_names(program)
-    file = WeightFile(path, store.types_of(tensors))
-    finished = False
 
     def write(unit: Unit) -> tuple[float, Seen] | None:
         if unit.rounding is None:
@@ -184,19 +248,58 @@ def write_weights(program: Program, path: Path, *, progress: Progress = quiet) -
             return None
         return _round(unit, unit.rounding, file, names.get(unit.name, unit.name))
 
-    try:
-        with _ReadAhead([unit.sources for unit in units]) as ahead:
-            for i, found in enumerate(_in_threads(write, units)):
-                progress("write weights", i, len(units))
+    def settle() -> None:
+        """Turn sampled rows into figures, and note what was written."""
+        rounded = [(unit, found) for unit, found in batch if found is not None]
+        layers = told([seen for _, (_, seen) in rounded])
+        for (unit, (error, _)), layer in zip(rounded, layers, strict=True):
+            written.add(unit.name, error, layer)
+        if journal is not None:
+            file.sync()
+            for unit, _ in batch:
+                journal.note(_NOTE + unit.name, {"crc": file.checksum(unit.tensors), **written.noted(unit.name)})
+        batch.clear()
+
+    batch: list[tuple[Unit, tuple[float, Seen] | None]] = []
+    resumed = journal is not None and path.exists()
+    if resumed and not _finished(units, journal):
+        path.unlink()  # of a job that was stopped before anything was noted
+        resumed = False
+    with WeightFile(path, store.types_of(tensors), resumed=resumed) as file:
+        left = _unfinished(units, file, journal, written) if resumed and journal is not None else units
+        with _ReadAhead([unit.sources for unit in left]) as ahead:
+            for i, found in enumerate(_in_threads(write, left)):
+                progress("write weights", len(units) - len(left) + i, len(units))
                 ahead.reached(i)
-                if found is not None:
-                    written.add(units[i].name, *found)
-        written.settle()
-        progress("write weights", len(units), len(units))
-        finished = True
-    finally:
-        file.close(finished=finished)
+                batch.append((left[i], found))
+                if file.unsynced >= FLUSH or len(batch) >= BATCH:
+                    settle()
+                    file.sync()
+        settle()
+    progress("write weights", len(units), len(units))
     return written
+
+
+def _finished(units: Sequence[Unit], journal: Journal | None) -> bool:
+    return journal is not None and any(journal.noted(_NOTE + unit.name) is not None for unit in units)
+
+
+def _unfinished(units: Sequence[Unit], file: WeightFile, journal: Journal, written: Written) -> list[Unit]:
+    """The units that the journal does not note, or whose bytes are others than it says; ``written`` has the rest."""
+    left = []
+    for unit in units:
+        facts = journal.noted(_NOTE + unit.name)
+        try:
+            whole = facts is not None and facts["crc"] == file.checksum(unit.tensors)
+            if whole and facts is not None:
+                written.recall(unit, facts)
+        except (MalformedError, KeyError, ValueError):
+            whole = False
+        if facts is not None and not whole:
+            warnings.warn(f"{file.path}: {unit.name} is damaged; it is written again", stacklevel=2)
+        if not whole:
+            left.append(unit)
+    return left
 
 
 def _in_threads(function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
@@ -283,7 +386,8 @@ def record(program: Program, written: Written) -> None:
         quant: WeightQuant | None = info(node).weight
         if quant is not None and quant.weight in written.errors and math.isnan(quant.error):
             update_info(node, weight=replace(quant, error=written.errors[quant.weight]))
-    program.observations = Observations(tuple(written.layers), ROWS)
+    layers = (written.layers[name] for name in layer_names(program) if name in written.layers)
+    program.observations = Observations(tuple(layers), ROWS)
 
 
 class _ReadAhead:

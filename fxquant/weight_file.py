@@ -6,11 +6,14 @@ at a multiple of 64 bytes, as torch's own do: such a file is used as it is mappe
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +22,7 @@ from torch import Tensor
 from fxquant.errors import SaveError
 from fxquant.graph import TensorType
 from fxquant.headers import DTYPES
+from fxquant.tasks import ALIGNMENT
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RANKS = (
@@ -26,66 +30,102 @@ _RANKS = (
     "I32", "U32", "F32", "C64", "F64", "I64", "U64",
 )  # fmt: skip
 """Types in safetensors' own order; tensors of the last come first in a file."""
-ALIGNMENT = 64
-"""Bytes. Where the sizes of tensors are not multiples of it, the smaller ones after them do not lie so."""
-FLUSH = 1 << 27
-"""Bytes that are written before the disk is told to take them: it works while the next ones are computed."""
-BEHIND = 1 << 30
-"""Bytes by which the disk may fall behind."""
+_PART = 1 << 22
 
 
 class WeightFile:
-    """The file at ``path`` with room for ``types``. Raises SaveError where it cannot be written.
+    """The file at ``path`` with room for ``types``; a context that closes it. Raises SaveError where it cannot be
+    written.
 
-    ``resumed``: the file is there already, of the same types, and some of its tensors have their values.
+    ``resumed``: the file is there already, of the same types, and some of its tensors have their values. Several
+    threads may write at a time.
     """
 
     def __init__(self, path: Path, types: Mapping[str, TensorType], *, resumed: bool = False) -> None:
         self.path = path
         header, self._places = layout(types)
-        self.nbytes = len(header) + sum(end - begin for begin, end, _ in self._places.values())
+        self.nbytes = max([len(header), *(end for _, end, _ in self._places.values())])
+        self._guard, self._unsynced = threading.Lock(), 0
+        flags = os.O_RDWR | os.O_CLOEXEC | (0 if resumed else os.O_CREAT | os.O_EXCL)
+        with self._refused():
+            self._file = os.open(path, flags, 0o666)
+            try:
+                if not resumed:
+                    os.pwrite(self._file, header, 0)
+                    _reserve(self._file, self.nbytes)  # a disk that is too small says so now
+                elif os.fstat(self._file).st_size != self.nbytes or os.pread(self._file, len(header), 0) != header:
+                    raise SaveError(f"{path} is not the unfinished file of these weights; start the job anew")
+            except BaseException:
+                os.close(self._file)
+                raise
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
-            self._file = os.open(path, os.O_RDWR if resumed else os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            if resumed and (
-                os.fstat(self._file).st_size != self.nbytes or os.pread(self._file, len(header), 0) != header
-            ):
-                raise SaveError(f"{path} is not the unfinished file of these weights; start the job anew")
-            if not resumed:
-                os.pwrite(self._file, header, 0)
-                os.posix_fallocate(self._file, 0, self.nbytes)  # a disk that is too small says so now
-        except OSError as error:
-            raise _cannot(path, error, self.nbytes) from error
-        self._flusher = _Flusher(self._file)
+            if error is None:
+                self.sync()
+        finally:
+            os.close(self._file)
+
+    @property
+    def unsynced(self) -> int:
+        """Bytes that were written since the last ``sync``."""
+        return self._unsynced
 
     def write(self, name: str, value: Tensor, row: int = 0) -> None:
         """The values of tensor ``name`` from its row ``row`` on; ``value`` has as many rows as are written."""
         begin, end, type_ = self._places[name]
         assert value.dtype == type_.dtype, f"{name} is {value.dtype}, not {type_.dtype}"
-        raw = memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        rest = memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         at = begin + row * (end - begin) // max(int(type_.shape[0]) if type_.shape else 1, 1)
-        assert at + len(raw) <= end, f"{name} has no such rows"
-        try:
-            while raw:
-                count = os.pwrite(self._file, raw, at)
-                raw, at = raw[count:], at + count
-                self._flusher.wrote(count)
-        except OSError as error:
-            raise _cannot(self.path, error, self.nbytes) from error
+        assert at + len(rest) <= end, f"{name} has no such rows"
+        with self._refused():
+            while rest:
+                count = os.pwrite(self._file, rest, at)
+                rest, at = rest[count:], at + count
+        with self._guard:
+            self._unsynced += value.nbytes
 
-    def close(self, *, finished: bool = True) -> None:
-        """Stop writing; ``finished``: have everything on the disk first."""
-        try:
-            self._flusher.stop()
-            if finished:
-                os.fsync(self._file)
-        except OSError as error:
-            raise _cannot(self.path, error, self.nbytes) from error
-        finally:
-            os.close(self._file)
+    def checksum(self, names: Iterable[str]) -> int:
+        """CRC-32 of the bytes of these tensors as they are in the file, one after the other."""
+        found = 0
+        with self._refused():
+            for name in names:
+                begin, end, _ = self._places[name]
+                for at in range(begin, end, _PART):
+                    found = zlib.crc32(os.pread(self._file, min(_PART, end - at), at), found)
+        return found
 
     def sync(self) -> None:
-        """Have what is written so far on the disk."""
-        os.fdatasync(self._file)
+        """Have all that is written so far on the disk."""
+        with self._guard:
+            self._unsynced = 0
+        with self._refused():
+            os.fsync(self._file)
+
+    @contextmanager
+    def _refused(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, SaveError):
+                raise
+            raise SaveError(
+                f"cannot write {self.path}, which takes {self.nbytes} bytes: {error}. Free some space or choose "
+                f"another place"
+            ) from error
+
+
+def _reserve(file: int, nbytes: int) -> None:
+    """Make the file so long, with its place on the disk where the system can promise that."""
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
+            raise
+        os.ftruncate(file, nbytes)
 
 
 def layout(types: Mapping[str, TensorType]) -> tuple[bytes, dict[str, tuple[int, int, TensorType]]]:
@@ -104,57 +144,3 @@ def layout(types: Mapping[str, TensorType]) -> tuple[bytes, dict[str, tuple[int,
     start = 8 + len(text)
     found = {name: (begin + start, end + start, type_) for name, (begin, end, type_) in places.items()}
     return len(text).to_bytes(8, "little") + text, found
-
-
-class _Flusher:
-    """A thread that has the disk take what was written, while more is computed."""
-
-    def __init__(self, file: int) -> None:
-        self._file, self._pending, self._stopped = file, 0, False
-        self._changed = threading.Condition()
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._run, name="flush", daemon=True)
-        self._thread.start()
-
-    def wrote(self, count: int) -> None:
-        with self._changed:
-            self._pending += count
-            if self._pending >= FLUSH:
-                self._changed.notify_all()
-            while self._pending >= BEHIND and self._error is None:
-                self._changed.wait()
-            if self._error is not None:
-                raise self._error
-
-    def stop(self) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._pending < FLUSH and not self._stopped:
-                    self._changed.wait()
-                if self._stopped:
-                    return
-                taken = self._pending
-            try:
-                os.fdatasync(self._file)
-            except OSError as error:
-                with self._changed:
-                    self._error = error
-                    self._changed.notify_all()
-                return
-            with self._changed:
-                self._pending -= taken
-                self._changed.notify_all()
-
-
-def _cannot(path: Path, error: OSError, nbytes: int) -> SaveError:
-    return SaveError(
-        f"cannot write {path}, which takes {nbytes} bytes: {error}. Free some space or choose another place"
-    )

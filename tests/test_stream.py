@@ -12,9 +12,11 @@ from checkpoint_models import llama
 
 import fxquant
 from fxquant import checkpoints, stream
-from fxquant.config import ConfigLike
+from fxquant.config import ConfigLike, load_config
 from fxquant.errors import ConfigError, ModelError, SaveError, WeightError
 from fxquant.lazy import Lazy
+from fxquant.program import quiet
+from fxquant.tasks import IN_PROCESS
 
 WINDOWS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
@@ -73,7 +75,8 @@ def test_no_weight_is_read_before_it_is_written(folder: Path, monkeypatch: pytes
     read: list[str] = []
     monkeypatch.setattr(Lazy, "read", lambda self: read.append(repr(self)))
     program = stream.capture(lazy.model, lazy.example_inputs)
-    stream.rewrite(program, fxquant.load_config("W6A16-E3M2"))
+    given = {"calibration": [], "progress": quiet, "executor": IN_PROCESS}
+    stream.rewrite(program, load_config("W6A16-E3M2"), given, IN_PROCESS)
     assert not read
     assert all(isinstance(p, Lazy) for p in lazy.model.parameters()), "the model is as it was"
 
@@ -124,3 +127,49 @@ def test_gguf_files_cannot_be_streamed(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="only folders of safetensors can"):
         checkpoints.load_model(tmp_path / "model.gguf", lazy=True)
+
+
+def test_a_job_that_was_stopped_goes_on_and_writes_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.stream.FLUSH", 1)
+    lazy = checkpoints.load_model(folder, lazy=True)
+    stream.compile_to(tmp_path / "whole", lazy.model, lazy.example_inputs)
+    rounded: list[str] = []
+    real = stream._round
+
+    def until(stop: int) -> Any:
+        def call(unit: stream.Unit, *rest: Any) -> Any:
+            if len(rounded) == stop:
+                raise KeyboardInterrupt
+            rounded.append(unit.name)
+            return real(unit, *rest)
+
+        return call
+
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    for stop in (4, 9):
+        monkeypatch.setattr(stream, "_round", until(stop))
+        with pytest.raises(KeyboardInterrupt):
+            stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(stream, "_round", until(-1))
+    stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+    for name in ("model.safetensors", "graph.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(rounded) <= len(set(rounded)) + 2, "what was written is not written again, but what was on its way"
+
+
+def test_weights_that_are_damaged_in_a_job_are_written_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.stream.FLUSH", 1)
+    lazy = checkpoints.load_model(folder, lazy=True)
+    stream.compile_to(tmp_path / "whole", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+    file = tmp_path / "job" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged; it is written again"):
+        stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == file.read_bytes() != bytes(content)

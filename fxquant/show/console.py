@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from fxquant import program
+from fxquant.files import shown
 from fxquant.show.units import percent, size
 
 if TYPE_CHECKING:
@@ -47,7 +57,7 @@ def print_table(
     for name in widths:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
     for row in rows:
-        table.add_row(*(Text(cell) for name, cell in zip(columns, row, strict=True) if name in widths))
+        table.add_row(*(Text(shown(cell)) for name, cell in zip(columns, row, strict=True) if name in widths))
     console.print(table)
 
 
@@ -83,6 +93,8 @@ def progress_bars() -> Iterator[program.Progress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, transient=True) as bars:
         yield _Bars(bars)
