@@ -22,6 +22,7 @@ from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs, is_hugging_face
 from fxquant.jobs import Job, kept
 from fxquant.layers import Layer, find_layers
+from fxquant.memory import limited
 from fxquant.modules import PackedWeight, write_back
 from fxquant.observe import observe
 from fxquant.origin import origin
@@ -51,6 +52,7 @@ from fxquant.tasks import IN_PROCESS, Executor, Prefixed
 from fxquant.verify import verify
 
 
+@limited("compile the model")
 def compile(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -77,7 +79,7 @@ def compile(
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
     CalibrationError (data that do not fit, too little of them, NaN activations), TaskError (a task whose workers die),
-    JobError (a folder of another job).
+    JobError (a folder of another job), MemoryLimitError (too little memory).
     """
     torch.set_num_threads(torch.get_num_threads())  # said, else MKL chooses by size, until a task runs with one
     settings = load_config(config)
@@ -164,6 +166,7 @@ def _check_calibration(settings: Config, calibration: Calibration | None) -> Non
         )
 
 
+@limited("load the model")
 def load(directory: str | Path) -> CompiledModel:
     """The compiled model saved in ``directory``. Nothing in it is executed. Raises LoadError for a damaged folder."""
     program, config = store.load(directory)
