@@ -1,7 +1,7 @@
 """One target in one process: cases are made, given to a loader, and watched.
 
-What a loader may do with a case: take it, or raise one of our errors. Anything else is a finding: another exception, more
-than 5 seconds, more than 1 GB of memory, the end of the process. A case lies in a folder while it is tried, so that who
+What a loader may do with a case: take it, or raise one of our errors. Anything else is a finding: another exception,
+more than 5 seconds, more than 1 GB of memory, the end of the process. A case lies in a folder while it is tried, so that who
 watches finds it if the process dies.
 """
 
@@ -126,7 +126,7 @@ def attempt(
         found = error if str(error).strip() else Finding(f"{target.name} no message", repr(error), case)
     except target.allowed as error:
         found = error
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
         found = Finding(f"{target.name} {where(error)}", "".join(traceback.format_exception(error))[-6000:], case)

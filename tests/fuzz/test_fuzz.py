@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
-from fuzz_engine import Lines, Target, fuzz
+from fuzz_engine import Finding, Lines, Tally, Target, attempt, fuzz
 from fuzz_mutate import mutated
 from fuzz_targets import TARGETS
 from run import TARGETS as NAMES
@@ -30,34 +31,47 @@ def test_the_script_knows_every_target() -> None:
     assert sorted(NAMES) == sorted(TARGETS)
 
 
-def seeds(folder: Path) -> list[dict[str, bytes]]:
-    return [{"a.txt": b"0123456789"}]
-
-
 def hurt(folder: Path) -> None:
-    """Takes its seed, and has every fault that is looked for."""
-    content = (folder / "a.txt").read_bytes()
-    if len(content) < 10:
-        raise FormatError("short")
-    if len(content) > 10:
+    """Has every fault that is looked for."""
+    fault = (folder / "a.txt").read_text()
+    if fault == "refuse":
+        raise FormatError("no")
+    if fault == "say nothing":
         raise FormatError("")
-    if content[:1] != b"0":
+    if fault == "break":
         raise KeyError("0")
-    if content[-1:] != b"9":
-        while True:
-            pass
-    if content != b"0123456789":
-        assert len(bytearray(b"x") * (1200 << 20)) > 0
+    if fault == "leave":
+        sys.exit(3)
+    while fault == "hang":
+        pass
+    if fault == "swell":
+        assert len(bytearray(b"x") * (64 << 20))
 
 
-def test_what_a_loader_may_not_do_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fuzz_engine.SECONDS", 0.2)
-    tally = fuzz(Target("hurt", seeds, hurt), tmp_path, cases=400, seed=1)
-    assert {key.partition(" at ")[0] for key in tally.findings} == {
-        "hurt KeyError", "hurt TooSlowError", "hurt no message", "hurt memory",
-    }  # fmt: skip
-    assert tally.memory > 1 << 30
-    assert tally.taken < tally.cases == 400
+@pytest.mark.parametrize(
+    ("fault", "key"),
+    [
+        ("say nothing", "hurt no message"), ("break", "hurt KeyError at test_fuzz.py:"),
+        ("leave", "hurt SystemExit at"), ("hang", "hurt TooSlowError at"), ("swell", "hurt memory"),
+    ],
+)  # fmt: skip
+def test_what_a_loader_may_not_do_is_found(
+    fault: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fuzz_engine.MEMORY", 32 << 20)
+    found = attempt(
+        Target("hurt", lambda folder: [], hurt), {"a.txt": fault.encode()}, tmp_path, tally := Tally(), seconds=0.2
+    )
+    assert isinstance(found, Finding)
+    assert found.key.startswith(key)
+    assert tally.memory > 60 << 20 or fault != "swell"
+
+
+def test_what_a_loader_may_do_is_no_finding(tmp_path: Path) -> None:
+    target, tally = Target("hurt", lambda folder: [], hurt), Tally()
+    assert isinstance(attempt(target, {"a.txt": b"refuse"}, tmp_path, tally), FormatError)
+    assert attempt(target, {"a.txt": b"take"}, tmp_path, tally) is None
+    assert (tally.cases, tally.taken) == (2, 1)
 
 
 def test_the_same_seed_makes_the_same_cases() -> None:
