@@ -31,6 +31,7 @@ from fxquant.cli_options import (
     save_hf,
 )
 from fxquant.errors import FxquantError
+from fxquant.files import shown
 
 
 class Commands(TyperGroup):
@@ -43,7 +44,7 @@ class Commands(TyperGroup):
             raise  # the reader of a pipe went away: click ends quietly
         except (FxquantError, OSError) as error:
             console = Console(stderr=True, soft_wrap=True)
-            console.print(Text.assemble(("error: ", "bold red"), (str(error), "red")))
+            console.print(Text.assemble(("error: ", "bold red"), (shown(str(error)), "red")))
             raise typer.Exit(1) from error
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] == "fxquant":

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxquant.errors import FormatError, FxquantError, InputError, ModelError, SaveError
+from fxquant.files import MAX_TEXT, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -208,16 +209,18 @@ def tokenizer_in(folder: Path | None, model: Path) -> Any:
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not (place / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")
-    return checkpoints.transformers().AutoTokenizer.from_pretrained(
-        place, local_files_only=True, trust_remote_code=False
-    )
+    return checkpoints.read_tokenizer(place)
 
 
 def read_text(text: Path | None) -> str | None:
     if text is None:
         return None
     try:
-        return text.read_text(encoding="utf-8")
+        with text.open("rb") as stream:  # a pipe too: the user named it
+            content = stream.read(MAX_TEXT + 1)
+        if len(content) > MAX_TEXT:
+            raise InputError(f"the text {text} has more than {MAX_TEXT} bytes; give a part of it")
+        return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the text {text}: {error}; give a file of UTF-8 text") from error
 
@@ -227,4 +230,4 @@ def print_json(value: dict[str, Any] | Iterable[Any]) -> None:
 
 
 def note(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(f"note: {text}", style="yellow"))
+    Console(stderr=True, soft_wrap=True).print(Text(f"note: {shown(text)}", style="yellow"))
