@@ -111,7 +111,7 @@ def check_inside(folder: Path, file: Path) -> None:
     try:
         real, home = file.resolve(strict=True), folder.resolve(strict=True)
     except (RuntimeError, ValueError) as error:  # links in a circle; a NUL byte
-        raise OSError(f"{file.name!r} cannot be followed: {error}") from None
+        raise OSError(f"{file.name!r} cannot be followed: {error}; put the file itself in its place") from None
     roots = [home, *(p.parent / "blobs" for p in (home, *home.parents) if p.name == "snapshots")]
     if not any(real.is_relative_to(root) for root in roots):
         raise OSError(f"{file.name!r} is a link to {str(real)!r}, out of the folder; copy the file itself into it")
