@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fxquant.config import Config, ConfigLike, load_config
 from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs, is_hugging_face
 from fxquant.jobs import Job, kept
+from fxquant.journal import Journaled
 from fxquant.layers import Layer, find_layers
 from fxquant.memory import limited
 from fxquant.modules import PackedWeight, write_back
@@ -48,7 +50,7 @@ from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, q
 from fxquant.scheme import LayerRule
 from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
-from fxquant.tasks import IN_PROCESS, Executor, Prefixed
+from fxquant.tasks import IN_PROCESS, Executor, Keep, Prefixed, computed
 from fxquant.verify import verify
 
 
@@ -114,7 +116,7 @@ def _packages(model: Any) -> tuple[str, ...]:
 
 def _stages(settings: Config, passes: Sequence[Pass], given: Mapping[str, Any], keeping: Executor) -> list[Stage]:
     """What a config makes of a float graph, up to its codes. Rounding to nearest is done again sooner than kept."""
-    solving = {**given, "executor": keeping}
+    solving = {**given, "executor": keeping, "keep": keeping.keep if isinstance(keeping, Journaled) else computed}
     rules, methods = given["rules"], _methods(settings, solving)
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
     return [
@@ -153,8 +155,13 @@ def _methods(settings: Config, given: Mapping[str, Any]) -> dict[str, list[Stage
         own = dict(given)
         if seen[name] > 1:  # a pass that runs again has tasks of its own
             own["executor"] = Prefixed(given["executor"], f"{seen[name]}:")
+            own["keep"] = partial(_keep_prefixed, given["keep"], f"{seen[name]}:")
         stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **own}))
     return stages
+
+
+def _keep_prefixed(keep: Keep, prefix: str, name: str, compute: Callable[[], Any]) -> Any:
+    return keep(prefix + name, compute)
 
 
 def _check_calibration(settings: Config, calibration: Calibration | None) -> None:

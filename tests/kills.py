@@ -217,7 +217,7 @@ def moments(chosen: str) -> None:
         every = set(lines(log, "begin "))
         points = all_steps if chosen == "all" else chosen.split(",")
         for point in points:
-            for old in (False, True) if "exchange:1" in all_steps else (False,):
+            for old in (False, True) if chosen == "all" else (point.startswith("exchange"),):
                 if not old:
                     cleared(folder)
                 else:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import jobs, results, store, tasks
+from fxquant.passes import zq_global
+from fxquant.solvers.distill import distill
 
 METHODS: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"gptq": {}}],
@@ -29,6 +31,8 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "zq_local": [{"zq_local": {"iterations": 8}}],
     "gwq": [{"gwq": {"samples": 2}}],
     "pb_llm": [{"pb_llm": {}}],
+    "zq_global": [{"zq_global": {"iterations": 4}}],
+    "zq_global twice": [{"zq_global": {"iterations": 2}}] * 2,
 }
 
 
@@ -73,12 +77,19 @@ def test_a_job_that_was_stopped_goes_on(method: str, tmp_path: Path, monkeypatch
         solved.append(task.name)
         return perform(task)
 
+    def counted_training(*args: Any, **options: Any) -> Any:
+        if len(solved) == last[0]:
+            raise StoppedError
+        solved.append(f"block {len(solved)}")
+        return distill(*args, **options)
+
     def compiled(job: Path | None, name: str) -> list[bytes]:
         made = fxquant.compile(model, data()[0], config, calibration=data(), job=job)
         made.save(tmp_path / name)
         return [(tmp_path / name / file).read_bytes() for file in ("graph.json", "model.safetensors", "manifest.json")]
 
     monkeypatch.setattr(tasks, "perform", counted)
+    monkeypatch.setattr(zq_global, "distill", counted_training)
     want = compiled(None, "plain")[1]
     every = len(solved)
     assert every >= 2
@@ -98,7 +109,7 @@ def test_a_job_that_was_stopped_goes_on(method: str, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     "moments",
     [
-        pytest.param("replace:3,rename:1", id="in a task's file and in the save"),
+        pytest.param("replace:3,exchange:1", id="in a task's file and in the save"),
         pytest.param("all", id="at every step", marks=pytest.mark.slow),
     ],
 )
