@@ -109,7 +109,7 @@ def test_a_job_that_was_stopped_goes_on(method: str, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     "moments",
     [
-        pytest.param("replace:3,exchange:1", id="in a task's file and in the save"),
+        pytest.param("replace:3,exchange:1", id="in a task's file and in the save", marks=pytest.mark.slow),
         pytest.param("all", id="at every step", marks=pytest.mark.slow),
     ],
 )
