@@ -35,6 +35,7 @@ from fxquant.cli_options import (
 )
 from fxquant.errors import FxquantError
 from fxquant.files import shown
+from fxquant.memory import limited
 
 
 class Commands(TyperGroup):
@@ -46,7 +47,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with limited("do this"):
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of a pipe went away: click ends quietly
         except (FxquantError, OSError) as error:

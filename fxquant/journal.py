@@ -347,7 +347,7 @@ def _read_done(path: Path) -> tuple[dict[str, dict[str, Json]], int]:
         try:
             name, facts = _parse_line(line)
             found[name] = facts
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             warnings.warn(f"{path}: line {number} is damaged, and is left out", stacklevel=2)
     return found, end
 

@@ -241,3 +241,16 @@ def test_verify_reads_the_weights(typed: list[str], tmp_path: Path) -> None:
     weights.write_bytes(content)
     told = run("inspect", tmp_path / "out", "--verify", code=1).stderr
     assert "model.safetensors is not the file that was saved" in told
+
+
+@pytest.mark.slow
+def test_workers_and_jobs_go_together(tmp_path: Path) -> None:
+    """What two processes solve is kept, and is the same as what is solved here."""
+    config = {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"gptq": {"sequential": False}}]}
+    net, weights = Net().eval(), dict[str, bytes]()
+    with fxquant.executor("processes", workers=2) as workers:
+        for name, more in {"here": {}, "workers": {"executor": workers, "job": tmp_path / "job"}}.items():
+            fxquant.compile(net, data()[0], config, calibration=data(), **more).save(tmp_path / name)
+            weights[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert weights["here"] == weights["workers"]
+    assert len(list((tmp_path / "job" / "tasks").iterdir())) == 2  # a and b share their input
