@@ -26,6 +26,7 @@ from fxquant.examples import example_inputs
 from fxquant.gguf_header import check_gguf
 from fxquant.headers import folder_tensors
 from fxquant.kv_cache import CachedDecoder, with_cache
+from fxquant.lazy import FromFile, real
 from fxquant.memory import limited, ran_out
 from fxquant.program import Progress, quiet
 
@@ -48,18 +49,24 @@ class LoadedModel:
 
 
 @limited("load the model")
-def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress = quiet) -> LoadedModel:
+def load_model(
+    path: str | Path, *, kv_cache: bool = False, lazy: bool = False, progress: Progress = quiet
+) -> LoadedModel:
     """The model at ``path``: a folder with config.json and safetensors, or a ``.gguf`` file.
 
-    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it.
+    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it. ``lazy``: its
+    weights stay in the folder's files and are read, cast to fp32, when they are needed (``fxquant.lazy``).
     Raises ModelError for anything else, with a word on how to convert it.
     """
     path = Path(path)
     check_path(path)
+    if lazy and path.is_file():
+        raise ModelError(f"{path} is a GGUF file, whose weights are decoded in memory; only folders of safetensors can "
+                         f"be streamed")  # fmt: skip
     hf = transformers()
     progress("load model", 0, 3)
     with no_bars(hf):
-        model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path), None)
+        model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path, lazy), None)
         dtype = torch.float32 if path.is_file() else _stored_dtype(_config(path))
         progress("load tokenizer", 1, 3)
         tokenizer = _tokenizer(hf, path)
@@ -277,21 +284,26 @@ def _float_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
-    return _loaded(hf, path, _float_config(path))
+def _from_folder(hf: ModuleType, path: Path, lazy: bool) -> nn.Module:
+    return _loaded(hf, path, _float_config(path), lazy)
 
 
-def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
+def _loaded(hf: ModuleType, path: Path, config: dict[str, Any], lazy: bool = False) -> nn.Module:
     """The model of the class that the config names, in fp32; nothing of it may be missing."""
     cls = _model_class(hf, path, config)
     claims.check_folder(path)
     stored = folder_tensors(path)
-    claims.check_weights(path, _empty(hf, path, config, len(stored)), stored, packed=is_packed(path))
+    empty = _empty(hf, path, config, len(stored))
+    claims.check_weights(path, empty, stored, packed=is_packed(path), in_memory=not lazy)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    source: Path | None = path
     try:
-        model, loaded = cls.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True,
-        )  # fmt: skip
+        if lazy:
+            cls, source = type(empty), None
+            state = {name: FromFile(t.file, t.begin, t.dtype, t.shape).lazy() for name, t in stored.items()}
+            made = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            options = {"state_dict": state, "config": made}
+        model, loaded = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except FxquantError:
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many types here
@@ -304,6 +316,8 @@ def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
             f"{path} lacks {len(missing)} weights of {cls.__name__}, such as {missing[0]!r}, which would be random; "
             f"fetch all of its *.safetensors files, or name the class that was saved in config.json's architectures"
         )
+    for module in model.modules():  # what is traced may look at buffers
+        module._buffers.update({name: real(value) for name, value in module._buffers.items()})
     return model  # type: ignore[no-any-return]
 
 

@@ -32,6 +32,7 @@ from fxquant.cli_options import (
     note,
     print_json,
     save_hf,
+    streams,
 )
 from fxquant.errors import FxquantError
 from fxquant.files import shown
@@ -116,6 +117,14 @@ def compile_(
         FolderFormat,
         typer.Option("--format", help="fxquant: the compiled graph; hf: a folder for transformers' from_pretrained."),
     ] = FolderFormat.fxquant,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Never hold the whole model in memory: weights are packed one after the other. By default where it "
+            "would take more than half of the memory.",
+        ),
+    ] = None,
     workers: Workers = None,
     engine: Engine = None,
     ray_address: RayAddress = None,
@@ -141,9 +150,12 @@ def compile_(
 
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-hf --format hf
 
+        fxquant compile ./Llama-3.1-70B -c W6A16-E3M2 -o llama-fp6 --stream
+
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-fp4 --resume
     """
     from fxquant import checkpoints, engines, pipeline, store
+    from fxquant import stream as streaming
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
@@ -151,28 +163,36 @@ def compile_(
     checkpoints.check_path(model)
     made_of = cli_jobs.source(model, calibration, kv_cache)
     if hf:
-        check_hf(settings, out, kv_cache, overwrite)
+        check_hf(settings, out, kv_cache or bool(stream), overwrite)
     elif resume and not overwrite and (done := cli_jobs.finished(out.absolute(), settings, made_of)):
         _tell(done, out, as_json=as_json)
         return
     else:
         store.check_place(out.absolute(), overwrite)
+        stream = streams(model, settings) if stream is None else stream
+    if stream:
+        streaming.check_methods(settings)
     job = cli_jobs.job(model, out, made_of, start)
     with (
         cli_jobs.resumable(job, context),
         progress_bars() as progress,
         engines.executor(engine, workers=workers, address=ray_address) as executor,
     ):
-        loaded = checkpoints.load_model(model, kv_cache=kv_cache, progress=progress)
+        loaded = checkpoints.load_model(model, kv_cache=kv_cache, lazy=bool(stream), progress=progress)
         data = calibration_data(settings, loaded, calibration)
-        make = pipeline.quantize_ if hf else pipeline.compile
-        compiled = make(loaded.model, config=settings, example_inputs=loaded.example_inputs, calibration=data,
-                        job=job, progress=progress, executor=executor)  # fmt: skip
-        progress("save", 0, 0)
-        if hf:
-            save_hf(loaded, out)
+        given: dict[str, Any] = {
+            "config": settings, "example_inputs": loaded.example_inputs, "calibration": data, "job": job,
+            "progress": progress, "executor": executor,
+        }  # fmt: skip
+        if stream:
+            compiled = streaming.compile_to(out, loaded.model, tokenizer=loaded.tokenizer, overwrite=overwrite, **given)
         else:
-            compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
+            compiled = (pipeline.quantize_ if hf else pipeline.compile)(loaded.model, **given)
+            progress("save", 0, 0)
+            if hf:
+                save_hf(loaded, out)
+            else:
+                compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
         job.finish()
     if loaded.quantized:
         note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")

@@ -3,6 +3,7 @@
     OUT.job/
       manifest.json             what the job is; another one is never continued
       tasks/<hash>.safetensors  the result of a finished task: tensors, its structure, its name and a checksum
+      model.safetensors         weights that are written one after the other (``stream``)
       done.jsonl                facts about finished units, a line each with its own checksum; only appended to
       lock                      held by the process that works on the job
 
@@ -35,6 +36,8 @@ from fxquant.outputs import HeldError
 from fxquant.tasks import Done, Executor, Pending, Task
 
 MANIFEST, TASKS, DONE, LOCK = "manifest.json", "tasks", "done.jsonl", "lock"
+WEIGHTS = "model.safetensors"
+_OURS = (MANIFEST, TASKS, DONE, LOCK, WEIGHTS)
 FORMAT = 1
 Start = Literal["new", "resume", "restart"]
 """With an unfinished job in the folder: refuse, continue it, or discard it."""
@@ -184,9 +187,7 @@ def check(folder: Path, start: Start) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise JobError(f"{folder} is not a folder; it is where an unfinished job is kept: move it away")
-    foreign = [
-        n for n in sorted(os.listdir(folder)) if n not in (MANIFEST, TASKS, DONE, LOCK) and not n.startswith(".")
-    ]
+    foreign = [n for n in sorted(os.listdir(folder)) if n not in _OURS and not n.startswith(".")]
     if foreign:
         raise JobError(f"{folder} holds {foreign[0]!r}, which is not part of a job; it is where an unfinished job is "
                        f"kept: move it away")  # fmt: skip
@@ -221,7 +222,8 @@ def _clear(folder: Path) -> None:
     """Remove a job's files: first what says that there is one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     outputs.sync(folder)
-    (folder / DONE).unlink(missing_ok=True)
+    for name in (DONE, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
     if (folder / TASKS).exists():
         shutil.rmtree(folder / TASKS)
 

@@ -85,31 +85,50 @@ def compile(
     """
     torch.set_num_threads(torch.get_num_threads())  # said, else MKL chooses by size, until a task runs with one
     settings = load_config(config)
-    _check_calibration(settings, calibration)
+    check_calibration(settings, calibration)
     progress("capture", 0, 0)
     program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     measure = _measure(program, example_inputs)
-    rules = settings.layer_rules()
-    batches = _batches(settings, program, calibration)
+    batches = batches_for(settings, program, calibration)
     made_from = origin(
         program, settings, source=job.source if isinstance(job, Job) else None, examples=example_inputs,
-        calibration=batches, passes=passes, packages=_packages(model),
+        calibration=batches, passes=passes, packages=packages_of(model),
     )  # fmt: skip
-    run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
-    check_rules(rules, find_layers(program.gm))
-    given = {"rules": rules, "calibration": batches, "progress": progress, "executor": executor}
     with kept(executor, job if settings.passes or passes else None, made_from, settings) as keeping:
-        stages = _stages(settings, passes, given, keeping)
-        run(program, stages, check=verify, measure=measure, progress=progress)
+        given = {"calibration": batches, "progress": progress, "executor": executor}
+        to_qdq(program, settings, given, keeping, passes=passes, measure=measure)
     progress("observe", 0, 0)
     program.observations = observe(program, _example(program, example_inputs))
-    cached = any(METHODS[name] is QUANTIZE_KV_CACHE for name, _ in settings.methods())
-    lowering = [Stage(LOWER), *([Stage(STORE_KV_CACHE)] if cached else []), Stage(REMOVE_DEAD)]
-    run(program, lowering, check=verify, measure=measure, progress=progress)
+    to_packed(program, settings, measure=measure, progress=progress)
     return CompiledModel(program, settings, origin=made_from)
 
 
-def _packages(model: Any) -> tuple[str, ...]:
+def to_qdq(
+    program: Program, settings: Config, given: Mapping[str, Any], keeping: Executor, *, passes: Sequence[Pass] = (),
+    measure: Measure | None = None,
+) -> None:  # fmt: skip
+    """A captured program to QDQ form, by ``passes`` of one's own and those of the config.
+
+    ``given``: ``calibration`` (batches), ``progress`` and ``executor``; ``keeping`` is the executor of methods. Raises
+    as ``compile`` does.
+    """
+    rules = settings.layer_rules()
+    run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
+    check_rules(rules, find_layers(program.gm))
+    stages = _stages(settings, passes, {"rules": rules, **given}, keeping)
+    run(program, stages, check=verify, measure=measure, progress=given["progress"])
+
+
+def to_packed(
+    program: Program, settings: Config, *, measure: Measure | None = None, progress: Progress = quiet
+) -> None:
+    """A program in QDQ form to packed weights and operators on them."""
+    cached = any(METHODS[name] is QUANTIZE_KV_CACHE for name, _ in settings.methods())
+    lowering = [Stage(LOWER), *([Stage(STORE_KV_CACHE)] if cached else []), Stage(REMOVE_DEAD)]
+    run(program, lowering, check=verify, measure=measure, progress=progress)
+
+
+def packages_of(model: Any) -> tuple[str, ...]:
     """What made the model, beside torch."""
     return ("transformers",) if isinstance(model, nn.Module) and is_hugging_face(model) else ()
 
@@ -139,7 +158,7 @@ METHODS = {
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
 
 
-def _batches(settings: Config, program: Program, calibration: Calibration | None) -> list[Batch]:
+def batches_for(settings: Config, program: Program, calibration: Calibration | None) -> list[Batch]:
     """The calibration data as the graph takes it, nothing where no method needs any."""
     if calibration is None or settings.needs_data() is None:
         return []
@@ -164,7 +183,7 @@ def _keep_prefixed(keep: Keep, prefix: str, name: str, compute: Callable[[], Any
     return keep(prefix + name, compute)
 
 
-def _check_calibration(settings: Config, calibration: Calibration | None) -> None:
+def check_calibration(settings: Config, calibration: Calibration | None) -> None:
     """Raise a ConfigError where a method needs data and there is none."""
     if (needy := settings.needs_data()) and calibration is None:
         raise ConfigError(

@@ -32,10 +32,10 @@ from fxquant.grids import CodebookFormat, FloatFormat, IntFormat
 from fxquant.qtensor import QuantizedTensor
 from fxquant.scales import Scales
 from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.tasks import ALIGNMENT
 
 Types = dict[str, type]
 _FORMATS = (FloatFormat, IntFormat, CodebookFormat)
-_ALIGNMENT = 64  # bytes: what torch gives its own tensors
 
 
 def table(*rows: type) -> Types:
@@ -95,7 +95,7 @@ def plain(value: Tensor) -> Tensor:
     """The tensor on the CPU, without gradient, in memory as a new one lies there; itself where it does."""
     value = value.detach().cpu()
     new = torch.empty(value.shape, dtype=value.dtype, device="meta")
-    own = value.untyped_storage().nbytes() == value.nbytes and not value.data_ptr() % _ALIGNMENT
+    own = value.untyped_storage().nbytes() == value.nbytes and not value.data_ptr() % ALIGNMENT
     if own and value.stride() == new.stride():
         return value
     return torch.empty(value.shape, dtype=value.dtype).copy_(value)

@@ -18,21 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fxquant import files, outputs
-from fxquant.document import check_header, decode, encode
+from fxquant.document import check_header, decode, encode, encode_tensors, kept_tensors
 from fxquant.encoding import Json, MalformedError, decode_timings, encode_timings, fields, text
 from fxquant.errors import LoadError, SaveError
+from fxquant.graph import TensorType
 from fxquant.memory import ran_out
 from fxquant.program import Program
+from fxquant.tasks import ALIGNMENT
+from fxquant.weight_file import WeightFile
 
 GRAPH, WEIGHTS, TIMINGS, MANIFEST = "graph.json", "model.safetensors", "timings.json", "manifest.json"
 TOKENIZER, KERNELS = "tokenizer", "kernels"
 KERNEL_MARK = "# Written by fxquant kernels"
 """How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
-_ALIGNMENT = 64  # bytes: what torch gives its own tensors
 _MAX_JSON = files.MAX_JSON  # a graph of 2000 nodes with its trace takes about 2 MiB
 _MANIFEST_FORMAT = 1
 
@@ -62,19 +63,59 @@ def save(
         decode(document, tensors)  # what load would refuse is not written
     except MalformedError as error:
         raise SaveError(f"this program cannot be saved: {error}. Keep it in memory, or change that") from None
+    content = _content(document)
+    try:
+        with outputs.replacing_folder(target, overwrite=overwrite) as folder:
+            _write_weights(folder / WEIGHTS, tensors)
+            _write_beside(folder, content, program, tokenizer, origin)
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
+
+
+def finish(
+    program: Program, folder: Path, *, config: Mapping[str, Any], tokenizer: Any | None = None,
+    origin: Mapping[str, Json] | None = None,
+) -> None:  # fmt: skip
+    """Write what belongs beside the weights of ``program``, which are in ``folder`` already. Raises SaveError."""
+    try:
+        document, _ = encode(program, config)
+        content = _content(document)
+        decode(json.loads(content), read_tensors(folder / WEIGHTS))
+    except MalformedError as error:
+        raise SaveError(f"this program cannot be saved: {error}") from None
+    _write_beside(folder, content, program, tokenizer, origin)
+
+
+def stored_tensors(program: Program) -> dict[str, Tensor]:
+    """The tensors that ``save`` writes for a program, as they lie in the file, a tied one once."""
+    return encode_tensors(kept_tensors(program.gm))[1]
+
+
+def types_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorType]:
+    return {name: TensorType(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+
+
+def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with WeightFile(path, types_of(tensors)) as file:
+        for name, value in tensors.items():
+            file.write(name, value)
+
+
+def _write_beside(
+    folder: Path, content: bytes, program: Program, tokenizer: Any | None, origin: Mapping[str, Json] | None
+) -> None:
+    (folder / GRAPH).write_bytes(content)
+    (folder / TIMINGS).write_bytes(json.dumps(encode_timings(program.trace)).encode())
+    write_manifest(folder, origin)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder / TOKENIZER))
+
+
+def _content(document: Json) -> bytes:
     content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
     if len(content) > _MAX_JSON:
         raise SaveError(f"this program cannot be saved: its graph takes {len(content)} bytes, above {_MAX_JSON}")
-    try:
-        with outputs.replacing_folder(target, overwrite=overwrite) as folder:
-            save_file(tensors, folder / WEIGHTS)
-            (folder / GRAPH).write_bytes(content)
-            (folder / TIMINGS).write_bytes(json.dumps(encode_timings(program.trace)).encode())
-            write_manifest(folder, origin)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(folder / TOKENIZER))
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
+    return content
 
 
 def check_place(target: Path, overwrite: bool) -> None:
@@ -240,6 +281,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         if value.data_ptr() % value.element_size():
             raise MalformedError(f"tensor {key[:100]!r} does not lie at a multiple of its element size")
-        if value.is_floating_point() and value.data_ptr() % _ALIGNMENT:
+        if value.is_floating_point() and value.data_ptr() % ALIGNMENT:
             found[key] = value.clone()  # matrix products differ in the last bit with the alignment of their operands
     return found

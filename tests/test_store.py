@@ -205,7 +205,8 @@ def test_what_a_job_took_is_apart_and_may_be_missing(saved: Path, tmp_path: Path
 
 def test_a_model_of_version_1_has_its_times_in_the_graph(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "m")
-    (tmp_path / "m" / "timings.json").unlink()
+    for name in ("timings.json", "manifest.json"):
+        (tmp_path / "m" / name).unlink()
     found = json.loads((saved / "graph.json").read_text())
     found["version"] = 1
     for i, step in enumerate(found["trace"]["steps"]):
@@ -255,7 +256,7 @@ def test_a_missing_parent_is_named(tmp_path: Path) -> None:
         save(net()[0], tmp_path / "no" / "m", config={})
 
 
-@pytest.mark.parametrize("failing", [(store, "save_file"), (outputs, "sync"), (outputs, "_put_in_place")])
+@pytest.mark.parametrize("failing", [(store, "_write_weights"), (outputs, "sync"), (outputs, "_put_in_place")])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_nothing_and_harms_nothing(
     failing: tuple[Any, str], error: BaseException, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
