@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )  # fmt: skip
 """What transformers may read for a tokenizer."""
-MOST_TENSORS = 25_000
+MOST_TENSORS = 5_000
 """Tensors that a model is taken to have at most where its weights are not there to be counted."""
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", INDEX)
 _MAX_CONFIG, _MAX_TOKENIZER = 1 << 23, 1 << 26
@@ -111,7 +111,7 @@ def check_numbers(settings: Any, where: str = "", depth: int = 0) -> None:
 @contextmanager
 def building(path: Path, stored: int) -> Iterator[None]:
     """Modules are made inside, of no more parameters than ``stored`` tensors can fill; what fails is a ModelError."""
-    made, most = 0, 4 * stored + 1000
+    made, most = 0, 2 * stored + 1000
 
     def count(module: nn.Module, name: str, value: Any) -> None:
         nonlocal made

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxquant import ops, packing
+from fxquant import files, ops, packing
 from fxquant.encoding import (
     Json,
     MalformedError,
@@ -209,6 +209,10 @@ def _entry(value: Json, where: str) -> Stored | str:
 def decode(document: Json, stored: Mapping[str, Tensor]) -> tuple[Program, dict[str, Any]]:
     """The program and the config. ``stored`` are the tensors beside the document, by name."""
     found = check_header(document)
+    try:
+        files.check_shown(found)
+    except ValueError as error:
+        raise MalformedError(str(error)) from None
     config = plain(found["config"], "the config")
     if not isinstance(config, dict):
         raise MalformedError("the config is not an object")
