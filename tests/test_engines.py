@@ -15,9 +15,11 @@ import engine_tasks
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fxquant
 from fxquant import engines
+from fxquant.cli import app
 from fxquant.errors import InputError, TaskError, WeightError
 from fxquant.tasks import IN_PROCESS, Executor, Pending, Task
 
@@ -253,6 +255,23 @@ def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'fxquant\[ray\]'"), engines.executor("ray"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "told"),
+    [
+        (["--workers", "0"], 2, "--workers"),
+        (["--engine", "threads"], 2, "--engine"),
+        (["--engine", "in-process", "--workers", "2"], 1, "take the engine processes or ray"),
+        (["--engine", "processes", "--ray-address", "auto"], 1, "takes no address"),
+        (["--ray-address", "127.0.0.1:1"], 1, "no Ray cluster at '127.0.0.1:1'"),
+    ],
+)
+def test_nonsense_on_the_command_line(asked: list[str], code: int, told: str, tmp_path: Path) -> None:
+    """Said before the model, which is not there, is looked for."""
+    result = CliRunner().invoke(app, ["compile", str(tmp_path / "none"), "-o", str(tmp_path / "out"), *asked])
+    assert result.exit_code == code
+    assert told in result.output
 
 
 def test_the_engine_follows_from_the_number_of_workers() -> None:
