@@ -21,7 +21,9 @@ import torch
 
 from fxquant.codegen.onnx_builder import Options
 from fxquant.errors import ModelError
+from fxquant.files import shown, strict_json
 from fxquant.graph import info
+from fxquant.onnx_claims import check_onnx
 from fxquant.program import Program, text
 from fxquant.rewrite import fetch, get_attrs
 
@@ -62,7 +64,7 @@ class OnnxSummary:
         return asdict(self)
 
     def __str__(self) -> str:
-        specs = Counter(json.loads(self.metadata.get("fxquant.weights", "{}")).values())
+        specs = Counter(_specs(self.metadata.get("fxquant.weights", "{}")))
         lines = [
             f"{self.path}: {self.bytes:,} bytes, opset {self.opset}, by {self.producer}",
             f"operators   {_counts(self.operators)}",
@@ -75,11 +77,19 @@ class OnnxSummary:
         return "\n".join([*lines, *(f"{key:<{wide}}  {value}" for key, value in shown.items())])
 
 
+def _specs(text_: str) -> list[str]:
+    """The specs of the weights, as the file says; none where it says something else."""
+    try:
+        found = strict_json(text_.encode())
+    except ValueError:
+        return []
+    return [spec for spec in found.values() if isinstance(spec, str)] if isinstance(found, dict) else []
+
+
 def summarize(path: str | Path) -> OnnxSummary:
     """Read the graph of an ONNX file, not its weights. Raises ModelError for what is none."""
     file = Path(path)
-    if not file.is_file():
-        raise ModelError(f"{file} does not exist; give a file that fxquant export wrote")
+    check_onnx(file, data=False)
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's own errors, OSError
@@ -88,14 +98,14 @@ def summarize(path: str | Path) -> OnnxSummary:
         ) from error
     data = file.with_name(f"{file.name}.data")
     nbytes = sum(p.stat().st_size for p in (file, data) if p.exists())
-    operators = Counter(f"{n.domain}.{n.op_type}".removeprefix(".") for n in model.graph.node)
+    operators = Counter(shown(f"{n.domain}.{n.op_type}".removeprefix(".")) for n in model.graph.node)
     weights = Counter[str]()
     for tensor in model.graph.initializer:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type)
         weights[kind] += len(tensor.raw_data) or sum(int(e.value) for e in tensor.external_data if e.key == "length")
     opset = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
-    metadata = {p.key: p.value for p in model.metadata_props}
-    producer = f"{model.producer_name} {model.producer_version}".strip()
+    metadata = {shown(p.key): shown(p.value) for p in model.metadata_props}
+    producer = shown(f"{model.producer_name} {model.producer_version}").strip()
     return OnnxSummary(
         str(file), nbytes, opset, producer, dict(operators.most_common()), dict(weights.most_common()), metadata
     )

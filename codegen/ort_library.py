@@ -26,6 +26,7 @@ from fxquant import ops
 from fxquant.codegen import cpu_build, cpu_library
 from fxquant.codegen.onnx_functions import DOMAIN, VERSION, op_type
 from fxquant.errors import CacheError, FxquantError, KernelError, ModelError
+from fxquant.onnx_claims import check_onnx
 from fxquant.packing import pack, planar
 from fxquant.scheme import parse_spec
 
@@ -57,12 +58,12 @@ def onnx_session(
     """An onnxruntime session of an exported file, on the CPU, with the operators' library.
 
     ``threads`` is ``intra_op_num_threads``, 0 for as many as there are cores. ``library``: True raises KernelError
-    where there is none, ``"auto"`` warns and goes without, False goes without. Raises ModelError without a file.
+    where there is none, ``"auto"`` warns and goes without, False goes without. Raises ModelError for a file that is not
+    there, that ``onnx_claims`` refuses, or that onnxruntime cannot load.
     """
     import onnxruntime
 
-    if not Path(path).is_file():
-        raise ModelError(f"{path} does not exist; give a file that export_onnx wrote")
+    check_onnx(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if library:
@@ -72,7 +73,11 @@ def onnx_session(
             if library is True:
                 raise
             warnings.warn(str(error), stacklevel=2)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise ModelError(f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}; give a file that fxquant "
+                         f"export wrote") from error  # fmt: skip
 
 
 def report() -> dict[str, str]:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from fxquant import spool
 from fxquant.errors import CalibrationError, InputError
 from fxquant.graph import info, tensor_type
+from fxquant.lazy import real
 from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Progress, quiet
@@ -271,7 +273,7 @@ class _Walk:
             self.values[node] = [batch[at] for batch in self.batches]
         elif node not in self.constants:
             fixed = {n: self.constant(n) for n in node.all_input_nodes if n in self.constants}
-            self.values[node] = [self.compute(node, i, fixed) for i in range(len(self.batches))]
+            self.values[node] = [spool.keep(self.compute(node, i, fixed)) for i in range(len(self.batches))]
             if not node.users:
                 del self.values[node]
         for n in dead:
@@ -291,7 +293,7 @@ class _Walk:
     def constant(self, node: fx.Node) -> Tensor:
         """A tensor of the module, or a weight decoded from its codes."""
         if node.op == "get_attr":
-            return fetch(self.gm, str(node.target))
+            return real(fetch(self.gm, str(node.target)))  # type: ignore[no-any-return]
         if self.weights == "float" and (quant := info(node).weight) is not None:
             value = float_weight(self.gm, node)
             return torch.zeros_like(value) if quant.part_of else value  # the float model has no compensation

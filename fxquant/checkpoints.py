@@ -6,7 +6,7 @@ Everything is read from the given path: no network, no pickle, no code that came
 from __future__ import annotations
 
 import copy
-import json
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxquant.errors import FxquantError, ModelError
+from fxquant import claims
+from fxquant.downloads import check_complete
+from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.examples import example_inputs
+from fxquant.gguf_header import check_gguf
+from fxquant.headers import folder_tensors
 from fxquant.kv_cache import CachedDecoder, with_cache
+from fxquant.lazy import FromFile, real
 from fxquant.program import Progress, quiet
 
 
@@ -42,18 +47,24 @@ class LoadedModel:
     dtype: torch.dtype = torch.float32
 
 
-def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress = quiet) -> LoadedModel:
+def load_model(
+    path: str | Path, *, kv_cache: bool = False, lazy: bool = False, progress: Progress = quiet
+) -> LoadedModel:
     """The model at ``path``: a folder with config.json and safetensors, or a ``.gguf`` file.
 
-    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it.
+    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it. ``lazy``: its
+    weights stay in the folder's files and are read, cast to fp32, when they are needed (``fxquant.lazy``).
     Raises ModelError for anything else, with a word on how to convert it.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
+    if lazy and path.is_file():
+        raise ModelError(f"{path} is a GGUF file, whose weights are decoded in memory; only folders of safetensors can "
+                         f"be streamed")  # fmt: skip
     hf = transformers()
     progress("load model", 0, 3)
     with no_bars(hf):
-        model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path), None)
+        model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path, lazy), None)
         dtype = torch.float32 if path.is_file() else _stored_dtype(_config(path))
         progress("load tokenizer", 1, 3)
         tokenizer = _tokenizer(hf, path)
@@ -61,6 +72,7 @@ def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress =
     model = with_cache(model.eval()) if kv_cache else model.eval()
     inputs = model.example_inputs() if isinstance(model, CachedDecoder) else example_inputs(model)
     inputs = of_text(inputs, tokenizer)
+    _check_words(path, model, inputs)
     progress("load model", 3, 3)
     return LoadedModel(model, tokenizer, inputs, path.stem if path.is_file() else path.resolve().name, quantized, dtype)
 
@@ -86,13 +98,23 @@ def of_text(inputs: dict[str, Tensor], tokenizer: Any | None) -> dict[str, Tenso
     return {**inputs, "input_ids": text}
 
 
+def _check_words(path: Path, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Raise ModelError where the tokenizer gives tokens that the model does not have."""
+    config: Any = getattr(model, "config", None)
+    known = getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    ids = inputs.get("input_ids")
+    if isinstance(known, int) and ids is not None and ids.numel() and int(ids.max()) >= known:
+        raise ModelError(f"the tokenizer of {path} gives token {int(ids.max())}, and the model has {known} tokens; "
+                         f"fetch both again, from one model")  # fmt: skip
+
+
 def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, Any | None]:
     """The transformers model on packed weights in a folder that ``save_pretrained`` wrote, and its tokenizer.
 
     In eval mode; what is not packed is in fp32. ModelError for another folder, LoadError for one that was changed.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     hf = transformers()
     if not is_packed(path):
         raise ModelError(f"{path} holds no weights that fxquant packed; {_KINDS}: fxquant compile takes those")
@@ -100,6 +122,10 @@ def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, A
 
     progress("load model", 0, 2)
     with no_bars(hf):
+        try:
+            folder_tensors(path)
+        except ModelError as error:
+            raise LoadError(str(error)) from None
         model = _loaded(hf, path, _config(path))
         progress("load tokenizer", 1, 2)
         tokenizer = _tokenizer(hf, path)
@@ -113,16 +139,30 @@ def empty_model(path: str | Path) -> nn.Module | None:
     None for a GGUF file whose header does not say which model it is. Raises ModelError as ``load_model`` does.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     hf = transformers()
     if path.is_file():
-        config = _gguf_header(path)[1]
-        return None if config is None else _without_values(hf, config).eval()
-    cls = _model_class(hf, path, _float_config(path))
-    config = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
+        with _parsing(path):
+            header, config = _gguf_header(path)
+            return None if config is None else _gguf_empty(hf, header, config).eval()
+    return _empty(hf, path, _float_config(path), _count(path))
+
+
+def _count(path: Path) -> int:
+    """How many tensors the folder's weights are; of weights that cannot be read, the most that a model has."""
+    try:
+        return len(folder_tensors(path))
+    except ModelError:
+        return claims.MOST_TENSORS
+
+
+def _empty(hf: ModuleType, path: Path, config: dict[str, Any], stored: int) -> nn.Module:
+    """The model of a folder's config, without values. ModelError for one that ``stored`` tensors cannot fill."""
+    cls = _model_class(hf, path, config)
+    with claims.building(path, stored), torch.device("meta"):
+        made = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
-        return build(config, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+        return build(made, dtype=torch.float32).eval()  # type: ignore[no-any-return]
 
 
 def is_packed(path: str | Path) -> bool:
@@ -168,19 +208,26 @@ _TO_SAFETENSORS = (
 _KINDS = "expected a Hugging Face folder (config.json and *.safetensors) or a .gguf file"
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
     """ModelError unless ``path`` is a ``.gguf`` file or a folder with config.json and safetensors."""
     if not path.exists():
         raise ModelError(f"{path} does not exist; {_KINDS} on this machine (a model's hub name is not looked up; "
                          f"hf download NAME --local-dir FOLDER fetches one)")  # fmt: skip
     if path.is_file():
         _check_file(path)
+        check_complete(path)
     elif (path / "graph.json").exists():
         raise ModelError(f"{path} is a model that fxquant compiled already (fxquant inspect shows it, fxquant.load "
                          f"reads it); give the float model that it was compiled from")  # fmt: skip
     elif not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; {_KINDS}{_inside(path)}")
-    elif not any(path.glob("*.safetensors")):
+    else:
+        check_complete(path)
+        _check_weights(path)
+
+
+def _check_weights(path: Path) -> None:
+    if not any(path.glob("*.safetensors")):
         pickles = sorted(f.name for suffix in _PICKLES for f in path.glob(f"*{suffix}"))
         if pickles:
             raise ModelError(f"{path} holds pickled weights ({', '.join(pickles)}), which may run code when read and "
@@ -212,13 +259,7 @@ def _inside(path: Path) -> str:
 # --- Hugging Face folders ---------------------------------------------------------------------------------------------
 def _config(path: Path) -> dict[str, Any]:
     """What config.json in the folder says; ModelError where it cannot be read."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path / 'config.json'} cannot be read: {error}; fetch the file again") from error
-    return config
+    return claims.read_config(path)
 
 
 def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -241,18 +282,26 @@ def _float_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
-    return _loaded(hf, path, _float_config(path))
+def _from_folder(hf: ModuleType, path: Path, lazy: bool) -> nn.Module:
+    return _loaded(hf, path, _float_config(path), lazy)
 
 
-def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
+def _loaded(hf: ModuleType, path: Path, config: dict[str, Any], lazy: bool = False) -> nn.Module:
     """The model of the class that the config names, in fp32; nothing of it may be missing."""
     cls = _model_class(hf, path, config)
+    claims.check_folder(path)
+    stored = folder_tensors(path)
+    empty = _empty(hf, path, config, len(stored))
+    claims.check_weights(path, empty, stored, packed=is_packed(path), in_memory=not lazy)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    source: Path | None = path
     try:
-        model, loaded = cls.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True,
-        )  # fmt: skip
+        if lazy:
+            cls, source = type(empty), None
+            state = {name: FromFile(t.file, t.begin, t.dtype, t.shape).lazy() for name, t in stored.items()}
+            made = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            options = {"state_dict": state, "config": made}
+        model, loaded = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except FxquantError:
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many types here
@@ -263,14 +312,19 @@ def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
             f"{path} lacks {len(missing)} weights of {cls.__name__}, such as {missing[0]!r}, which would be random; "
             f"fetch all of its *.safetensors files, or name the class that was saved in config.json's architectures"
         )
+    for module in model.modules():  # what is traced may look at buffers
+        module._buffers.update({name: real(value) for name, value in module._buffers.items()})
     return model  # type: ignore[no-any-return]
 
 
 def _model_class(hf: ModuleType, path: Path, config: dict[str, Any]) -> Any:
     """The class named in ``architectures``; AutoModel where the config names none."""
     names = config.get("architectures") or ["AutoModel"]
-    found = getattr(hf, str(names[0]), None)
-    if found is not None and hasattr(found, "from_pretrained"):
+    if not isinstance(names, list) or not isinstance(names[0], str) or not names[0].isidentifier():
+        raise ModelError(f"{path}: architectures in config.json is {str(names)[:60]!r}; expected a list with the "
+                         f"name of a class of transformers, such as ['LlamaForCausalLM']")  # fmt: skip
+    found = getattr(hf, names[0], None)
+    if isinstance(found, type) and (issubclass(found, nn.Module) or names[0].startswith("AutoModel")):
         return found
     if "auto_map" in config:
         raise ModelError(f"{path} needs Python code of its own ({names[0]}), which fxquant never runs; "
@@ -279,25 +333,38 @@ def _model_class(hf: ModuleType, path: Path, config: dict[str, Any]) -> Any:
                      f"or load the model yourself and give the module to fxquant.compile")  # fmt: skip
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
-
-
 def _tokenizer(hf: ModuleType, path: Path) -> Any | None:
     """The tokenizer that came with the model, or None; one that is there and cannot be read is a warning."""
-    options: dict[str, Any] = {"local_files_only": True}
-    folder, cls = path, hf.AutoTokenizer
-    if path.is_file():  # AutoTokenizer would read the vocabulary a second time, for a config that is known by now
-        folder, cls = path.parent, hf.PreTrainedTokenizerFast
-        options["gguf_file"] = path.name
-    elif not any((path / name).exists() for name in _TOKENIZER_FILES):
-        return None
-    else:
-        options["trust_remote_code"] = False
     try:
-        return cls.from_pretrained(folder, **options)
-    except Exception as error:  # a model without a tokenizer can still be compiled
-        warnings.warn(f"the tokenizer of {path} cannot be read: {_first_line(error)}", stacklevel=3)
+        if not path.is_file():
+            return read_tokenizer(path) if claims.has_tokenizer(path) else None
+        with _reading(path):  # AutoTokenizer would read the vocabulary again, for a config that is known by now
+            return hf.PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except ModelError as error:  # a model without a tokenizer can still be compiled
+        warnings.warn(str(error), stacklevel=3)
         return None
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, as transformers reads it; no code that came with it is run, no template rendered.
+
+    ModelError for one that cannot be read, is above 64 MiB, or lies elsewhere (a link out of the folder).
+    """
+    claims.check_tokenizer(folder)
+    with _reading(folder):
+        return transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever the libraries that read tokenizers raise becomes a ModelError; a panic of Rust is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"the tokenizer of {path} cannot be read: {_first_line(error)}; fetch its files "
+                         f"again") from None  # fmt: skip
 
 
 def _first_line(error: BaseException) -> str:
@@ -308,14 +375,21 @@ def _first_line(error: BaseException) -> str:
 # --- GGUF files -------------------------------------------------------------------------------------------------------
 def _from_gguf(hf: ModuleType, path: Path) -> tuple[nn.Module, str | None]:
     """The model in a GGUF file with its weights decoded to fp32, and how they were quantized."""
-    try:
+    with _parsing(path):
         import gguf
 
         header, config = _gguf_header(path)
         state = None if config is None else _gguf_weights(hf, gguf, header, config)
-        model = _gguf_by_transformers(hf, path) if state is None else _plain_model(hf, config, state)
+        model = _gguf_by_transformers(hf, path, header) if state is None else _plain_model(hf, config, state)
         return model, _gguf_note(gguf, header)
-    except ModelError:
+
+
+@contextmanager
+def _parsing(path: Path) -> Iterator[None]:
+    """What the libraries that read a GGUF file raise becomes a ModelError."""
+    try:
+        yield
+    except FxquantError:
         raise
     except ImportError as error:
         raise ModelError(f"reading {path} needs more packages ({error}); run: pip install 'fxquant[hf]'") from error
@@ -327,12 +401,13 @@ def _from_gguf(hf: ModuleType, path: Path) -> tuple[nn.Module, str | None]:
 def _gguf_header(path: Path) -> tuple[Any, Any | None]:
     """The tensor table and, for a plain Llama, the config. transformers' general way reads the vocabulary three times
     and takes four times as long (measured: 24 s against 6 s for SmolLM2-135M)."""
+    import gguf
     from transformers import AutoConfig
     from transformers.integrations import GGUF_CONFIG_MAPPING
     from transformers.integrations.gguf import GgufHeader, read_gguf_metadata
 
+    check_gguf(path, gguf.GGML_QUANT_SIZES)
     header = GgufHeader.from_file(str(path))
-    _check_length(path, header)
     metadata, names = read_gguf_metadata(str(path))
     if header.architecture != "llama" or metadata.get("general.name") == "mistral":
         return header, None
@@ -345,17 +420,21 @@ def _gguf_header(path: Path) -> tuple[Any, Any | None]:
     return header, AutoConfig.for_model(**settings)
 
 
-def _check_length(path: Path, header: Any) -> None:
-    end = header.data_start + max((t.offset + t.nbytes for t in header.tensors), default=0)
-    if path.stat().st_size < end:
-        raise ModelError(f"{path} is truncated: {path.stat().st_size} bytes, its tensors end at {end}; fetch it again")
+def _gguf_empty(hf: ModuleType, header: Any, config: Any) -> nn.Module:
+    """The model of a config without values; ModelError for one that the file's tensors cannot fill."""
+    path = Path(header.path)
+    with claims.building(path, len(header.tensors)):
+        model = _without_values(hf, config)
+    claims.check_size(path, model, sum(math.prod(t.shape) for t in header.tensors))
+    claims.check_memory(path, 4 * sum(p.numel() for p in model.parameters()))
+    return model
 
 
 def _gguf_weights(hf: ModuleType, gguf: ModuleType, header: Any, config: Any) -> dict[str, Tensor] | None:
     """Every parameter of the model by its transformers name, decoded; None if the file's tensors do not cover them."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
 
-    wanted = _without_values(hf, config).state_dict()
+    wanted = _gguf_empty(hf, header, config).state_dict()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     by_gguf = {f"{names.get_name(n.removesuffix('.weight'))}.weight": n for n in wanted if n.endswith(".weight")}
     processor = TENSOR_PROCESSORS["llama"](config=config.to_dict())
@@ -383,8 +462,9 @@ def _without_values(hf: ModuleType, config: Any) -> nn.Module:
         return hf.AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
-def _gguf_by_transformers(hf: ModuleType, path: Path) -> nn.Module:
+def _gguf_by_transformers(hf: ModuleType, path: Path, header: Any) -> nn.Module:
     """The general way, for architectures whose tensors transformers rearranges on its own."""
+    _gguf_empty(hf, header, hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True))
     model = hf.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True,
         quantization_config=hf.GgufConfig(dequantize=True),

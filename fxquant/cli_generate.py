@@ -9,6 +9,7 @@ import typer
 
 from fxquant.cli_options import Json, load, note, print_json, tokenizer_in, within_context
 from fxquant.errors import InputError, ModelError
+from fxquant.files import shown
 
 if TYPE_CHECKING:
     from fxquant.generate import Engine
@@ -73,7 +74,7 @@ def generate(
             for part in loop.pieces(words, ids, kept()):
                 parts.append(part)
                 if not as_json:
-                    typer.echo(part, nl=False)
+                    typer.echo(shown(part), nl=False)
         finally:
             if parts and not as_json:
                 typer.echo()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxquant.errors import FormatError, FxquantError, InputError, ModelError, SaveError
+from fxquant.files import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,17 +67,35 @@ class FolderFormat(StrEnum):
     hf = "hf"
 
 
-def check_hf(settings: Config, out: Path, kv_cache: bool, overwrite: bool) -> None:
+def check_hf(settings: Config, out: Path, graph_only: bool, overwrite: bool) -> None:
     """Raise, before any work, for what cannot become a Hugging Face folder at ``out``."""
     from fxquant.checkpoints import is_packed
     from fxquant.pipeline import check_modules
 
-    if kv_cache:
-        raise InputError("--kv-cache is for compiled graphs; with --format hf transformers has its own: leave it out")
+    if graph_only:
+        raise InputError(
+            "--kv-cache and --stream are for compiled graphs, and do not go with --format hf: leave one out"
+        )
     check_modules(settings)
     if out.exists() and not (overwrite and is_packed(out)):
         what = "is no model that fxquant packed, and is not overwritten" if overwrite else "exists already"
         raise SaveError(f"{out} {what}; choose another folder{'' if overwrite else ', or give --overwrite'}")
+
+
+def streams(model: Path, settings: Config) -> bool:
+    """Whether a model is compiled without being in memory as a whole, where nobody said; a note where it is."""
+    from fxquant import claims
+    from fxquant import stream as streaming
+    from fxquant.headers import folder_tensors
+
+    if not model.is_dir() or not streaming.can(settings):
+        return False
+    needed = sum(4 * math.prod(tensor.shape) for tensor in folder_tensors(model).values())
+    if 2 * needed <= (memory := claims.memory()):
+        return False
+    note(f"{model.resolve().name} takes {needed / 1e9:.1f} GB in float32, of {memory / 1e9:.1f} GB of memory: its "
+         f"weights are streamed; --no-stream compiles it in memory, and measures its outputs")  # fmt: skip
+    return True
 
 
 def save_hf(loaded: LoadedModel, out: Path) -> None:
@@ -234,9 +254,7 @@ def tokenizer_in(folder: Path | None, model: Path) -> Any:
     place = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder
     if not (place / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} holds no tokenizer; give the folder of one with --tokenizer FOLDER")
-    return checkpoints.transformers().AutoTokenizer.from_pretrained(
-        place, local_files_only=True, trust_remote_code=False
-    )
+    return checkpoints.read_tokenizer(place)
 
 
 def read_text(text: Path | None) -> str | None:
@@ -253,4 +271,4 @@ def print_json(value: dict[str, Any] | Iterable[Any]) -> None:
 
 
 def note(text: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(Text(f"note: {text}", style="yellow"))
+    Console(stderr=True, soft_wrap=True).print(Text(f"note: {shown(text)}", style="yellow"))

@@ -58,6 +58,10 @@ class LoadError(FxquantError, ValueError):
     """A saved model that is truncated, tampered with, or of another version."""
 
 
+class JobError(FxquantError, RuntimeError):
+    """An unfinished job that cannot be continued: another process has it, or it is another job; says what differs."""
+
+
 class CacheError(FxquantError, OSError):
     """A cache folder that cannot be made, or that others could write to."""
 

@@ -25,6 +25,7 @@ from fxquant import intervals
 from fxquant.errors import InputError, ModelError
 from fxquant.graph import TensorType
 from fxquant.intervals import Estimate
+from fxquant.onnx_claims import check_onnx, said
 from fxquant.program import Progress, quiet
 from fxquant.signature import Input, left_out
 
@@ -458,13 +459,14 @@ class OnnxModel:
     def __init__(self, path: str | Path, *, threads: int = 0, session: Callable[..., Any] | None = None) -> None:
         import onnxruntime
 
+        check_onnx(path)
         try:
             self.session = (session or plain_session)(path, threads=threads)
         except Exception as error:  # onnxruntime's exceptions share no base class
             told = f"onnxruntime {onnxruntime.__version__} cannot load {path}: {error}"
             raise ModelError(f"{told}; give a file that fxquant export wrote") from error
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
-        empty = json.loads(self.metadata.get("empty", "{}"))
+        empty = said(self.metadata, "empty", {})
         self.declared = tuple(
             Input(
                 item.name,

@@ -8,7 +8,6 @@ is the loop over either.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from fxquant.dims import holds
 from fxquant.errors import InputError
 from fxquant.evaluate import OnnxModel
 from fxquant.kv_cache import PAST, past_of
+from fxquant.onnx_claims import said
 from fxquant.signature import left_out
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class OnnxEngine:
         model = OnnxModel(path, threads=threads, session=onnx_session if library else None)
         self.session, self._outputs = model.session, model.outputs
         self.cached = _is_cached(model.inputs, str(path))
-        self.limits: Sequence[str] = json.loads(model.metadata.get("limits", "[]"))
+        self.limits: Sequence[str] = said(model.metadata, "limits", [])
         if LOGITS not in self._outputs:
             raise InputError(f"{path} gives {', '.join(self._outputs[:4])} and no {LOGITS}; generation takes a causal "
                              f"language model")  # fmt: skip
@@ -238,7 +238,7 @@ def _value(array: Any) -> Any:
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> list[int]:
     """Token ids of ``prompt``, as a user's message in the tokenizer's chat template where it has one (``chat`` None).
 
-    InputError for an empty prompt, and for ``chat=True`` without a template.
+    InputError for an empty prompt, for ``chat=True`` without a template, and for one that fails.
     """
     if not prompt:
         raise InputError("the prompt is empty; give some text")
@@ -247,7 +247,11 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool | None = None) -> list
         raise InputError("the tokenizer has no chat template; give the prompt as it is, with --raw")
     if chat or (chat is None and template):
         message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        try:  # transformers renders it in a sandbox of jinja2
+            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise InputError(f"the tokenizer's chat template cannot be rendered: {type(error).__name__}: "
+                             f"{str(error)[:200]}; give the prompt as it is, with --raw") from None  # fmt: skip
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     return list(tokenizer(prompt)["input_ids"])
 

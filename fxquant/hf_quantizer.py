@@ -15,7 +15,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
@@ -23,7 +22,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fxquant.config import RECIPES, Config, ConfigLike, load_config
-from fxquant.errors import ConfigError, LoadError
+from fxquant.errors import ConfigError, LoadError, ModelError
+from fxquant.headers import safetensors_header
 from fxquant.weight_table import (
     HELD,
     Entry,
@@ -42,10 +42,6 @@ from fxquant.weight_table import (
 
 METHOD, VERSION = "fxquant", 1
 _KEYS = ("quant_method", "version", "fxquant", "config", "weights")
-_DTYPES = {
-    "U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
-"""What tensors of packed weights have, as safetensors names it."""
 
 
 @register_quantization_config(METHOD)
@@ -206,11 +202,11 @@ def whole(model: Any) -> None:
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
-Stored = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
+Stored = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def _headers(files: Iterable[Any] | None) -> Stored:
-    """Dtype and shape of every tensor in safetensors files, by name; None for dtypes that packed weights never have."""
+    """Dtype and shape of every tensor in safetensors files, by name."""
     found: Stored = {}
     if files is None:
         raise LoadError("packed weights are read from a folder of safetensors; give from_pretrained the folder, not a "
@@ -219,12 +215,9 @@ def _headers(files: Iterable[Any] | None) -> Stored:
         if not file.endswith(".safetensors"):
             raise LoadError(f"{file} is no safetensors file, and packed weights are read from nothing else; {_AGAIN}")
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  it is no dict
-                    part = tensors.get_slice(name)
-                    found[name] = (_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
-        except Exception as error:  # the reader's own errors are of many types
-            raise LoadError(f"{file} is not a valid safetensors file: {str(error)[:200]}; {_AGAIN}") from None
+            found |= {name: (part.dtype, part.shape) for name, part in safetensors_header(file).items()}
+        except ModelError as error:
+            raise LoadError(f"{error}; {_AGAIN}") from None
     return found
 
 

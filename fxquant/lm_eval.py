@@ -197,9 +197,7 @@ def _tokenizer(path: Path, tokenizer: Path | None) -> Any:
         raise InputError(
             f"{folder} holds no tokenizer; give the folder of one: --model_args path={path},tokenizer=FOLDER"
         )
-    return checkpoints.transformers().AutoTokenizer.from_pretrained(
-        place, local_files_only=True, trust_remote_code=False
-    )
+    return checkpoints.read_tokenizer(place)
 
 
 def _longest(engine: loop.Engine) -> int:

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fxquant.lazy import real
+
 ALIGNMENT = 64
 """Bytes to a multiple of which torch allocates; products of tensors elsewhere may differ in their last bits."""
 
@@ -94,7 +96,7 @@ def single_threaded() -> Iterator[None]:
 
 def plain(x: Tensor) -> Tensor:
     """``x`` without its history, contiguous and aligned; a copy only where it is not."""
-    x = x.detach().contiguous()
+    x = real(x).detach().contiguous()
     return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 

@@ -284,7 +284,7 @@ def stored_tensors(entries: Mapping[str, Entry]) -> dict[str, Kind]:
     return found
 
 
-def check_stored(want: Mapping[str, Kind], have: Mapping[str, tuple[torch.dtype | None, tuple[int, ...]]]) -> None:
+def check_stored(want: Mapping[str, Kind], have: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
     """LoadError for the first tensor that is missing, is of another dtype or shape, or belongs to no entry."""
     for name, (dtype, shape) in want.items():
         if name not in have:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.choice import choose
+from fxquant.deferred import quantize_later
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, set_info, update_info
 from fxquant.layers import Layer, find_layers, ties
+from fxquant.lazy import Lazy
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
 from fxquant.qdq import PARTS, weight_error
@@ -48,8 +50,12 @@ def insert_qdq(program: Program, settings: Mapping[str, Any]) -> Log:
     progress, executor = settings.get("progress", quiet), settings.get("executor", IN_PROCESS)
     queue = Queue(executor, progress, "quantize weights", len(wanted))
     for users in wanted.values():
-        layer, spec = users[0]
-        queue.submit(_task(layer, spec), partial(_write, gm, users))
+        (layer, spec), weight = users[0], _oriented_weight(users[0][0])
+        if isinstance(weight, Lazy):
+            q = quantize_later(weight, spec, channel_dims=layer.channel_dims, name=layer.target)
+            _write(gm, users, (q, weight_error(weight, q)))
+        else:
+            queue.submit(_task(layer, spec), partial(_write, gm, users))
     queue.finish()
     return log
 

@@ -200,7 +200,7 @@ def test_mistakes_are_named(cached: Path, model: Path, tmp_path: Path) -> None:
     other = run("generate", tmp_path / "mlp", "the", "--tokenizer", cached, code=1)
     assert "generation takes a causal language model" in other.stderr
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match="cannot be read as an ONNX file"):
         OnnxEngine(tmp_path / "broken.onnx")
 
 

@@ -413,7 +413,7 @@ def put(name: str, change: Callable[[Tensor], Tensor]) -> Change:
         (lambda t: t.pop(f"{UP}.weight_packed.factors.1.scale"), "factors.1.scale' of a packed weight is missing"),
         (put(PACKED, lambda t: t[:-1]), f"tensor '{PACKED}' is torch.uint8 (47, 16)"),
         (put(PACKED, lambda t: t.view(torch.int8)), f"tensor '{PACKED}' is torch.int8"),
-        (put(PACKED, lambda t: t.to(torch.int64)), f"tensor '{PACKED}' is None"),
+        (put(PACKED, lambda t: t.to(torch.int64)), f"tensor '{PACKED}' is torch.int64"),
         (put(SCALE, lambda t: t.half()), f"tensor '{SCALE}' is torch.float16"),
         (put(SCALE, lambda t: t * float("nan")), f"weight '{UP}.weight': a scale is not a positive finite number"),
         (put(SCALE, lambda t: -t), "a scale is not a positive finite number"),

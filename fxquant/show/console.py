@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fxquant import program
+from fxquant.files import shown
 from fxquant.show.units import percent, size
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def print_table(
     for name in widths:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
     for row in rows:
-        table.add_row(*(Text(cell) for name, cell in zip(columns, row, strict=True) if name in widths))
+        table.add_row(*(Text(shown(cell)) for name, cell in zip(columns, row, strict=True) if name in widths))
     console.print(table)
 
 
