@@ -44,6 +44,7 @@ from fxquant.encoding import (
 )  # fmt: skip
 from fxquant.errors import FormatError
 from fxquant.graph import META, TensorType, info
+from fxquant.lazy import Lazy
 from fxquant.observed import decode_observations, encode_observations
 from fxquant.program import Program
 from fxquant.qtensor import QuantizedTensor, check_exponent_bias, check_scale
@@ -112,6 +113,9 @@ def encode_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Json], dict[s
         order = memory_order(value)
         if order != sorted(order):
             table[key]["order"] = order
+        if isinstance(value, Lazy):
+            stored[key] = value.permute(order) if order != sorted(order) else value
+            continue
         dense = value.detach().resolve_conj().resolve_neg().cpu().permute(order).contiguous()
         shared = dense.untyped_storage().data_ptr() in storages
         stored[key] = dense.clone() if shared else dense

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from test_store import CONFIG, net
 
-from fxquant import document, store
+from fxquant import document
 from fxquant.errors import LoadError, SaveError
 from fxquant.rewrite import tensors
 from fxquant.store import load, save
@@ -319,7 +320,7 @@ def test_values_outside_their_range_are_refused(
     stored[tensor] = stored[tensor].clone()
     stored[tensor][-1, -1] = value
     shutil.copytree(saved, tmp_path / "m")
-    store.save_file(stored, tmp_path / "m" / "model.safetensors")
+    save_file(stored, tmp_path / "m" / "model.safetensors")
     with pytest.raises(LoadError, match=f"weight 'head.weight_packed': .*{message}"):
         load(tmp_path / "m")
 
