@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from fxquant import packing
+from fxquant import packing, spool
 from fxquant.graph import info, update_info
+from fxquant.lazy import later
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program
 from fxquant.qtensor import store_scale
@@ -48,12 +50,15 @@ def pack_weight(gm: fx.GraphModule, node: fx.Node) -> None:
     codes_node, spec = node.args[0], parse_spec(str(node.args[3]))
     assert isinstance(codes_node, fx.Node)
     name = str(codes_node.target).removesuffix("_codes") + "_packed"
-    packed = packing.pack(fetch(gm, str(codes_node.target)), packing.planar(spec.format.bits))
+    codes, layout = fetch(gm, str(codes_node.target)), packing.planar(spec.format.bits)
+    shape = packing.packed_shape((codes.shape[0], codes.shape[1]), layout)
+    packed = spool.keep(later(packing.pack, codes, layout, shape=shape, dtype=torch.uint8))
     _exchange(gm, codes_node, name, packed)
     scale_node = node.args[1]
     assert isinstance(scale_node, fx.Node)
     scale = fetch(gm, str(scale_node.target))
-    if (stored := store_scale(scale, spec)) is not scale:
+    if spec.kind.format is not None and scale.dtype != torch.uint8:
+        stored = later(store_scale, scale, spec, shape=scale.shape, dtype=torch.uint8)
         _exchange(gm, scale_node, f"{scale_node.target}_codes", stored)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from fxquant import outputs
 from fxquant.errors import SaveError
 
 MAPPED = 64 << 20
@@ -37,7 +38,11 @@ def write(model: ir.Model, path: Path, *, external_data: bool) -> None:
         raise SaveError(f"cannot write {path}: {error}; choose a folder that can be written") from error
     try:
         ir.save(model, folder / path.name, external_data=data if external_data else None)
-        _move(folder, path, data)
+        for file in folder.iterdir():
+            outputs.sync(file)
+        with outputs.taking_turns(path):  # or a graph could meet another one's weights
+            _move(folder, path, data)
+        outputs.sync(path.parent)
     except OSError as error:
         raise SaveError(f"cannot write {path}: {error}; free some space or choose another folder") from error
     finally:

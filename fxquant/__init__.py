@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fxquant.config import RECIPES as RECIPES
     from fxquant.config import Config as Config
     from fxquant.config import load_config as load_config
+    from fxquant.engines import executor as executor
     from fxquant.errors import FxquantError as FxquantError
     from fxquant.export_folder import export_compressed_tensors as export_compressed_tensors
     from fxquant.export_ggml import export_gguf as export_gguf
@@ -45,6 +46,7 @@ _PUBLIC = {
     "allocate": ("fxquant.allocation", "allocate"),
     "compile": ("fxquant.pipeline", "compile"),
     "custom_ops_library": ("fxquant.codegen.ort_library", "custom_ops_library"),
+    "executor": ("fxquant.engines", "executor"),
     "export_compressed_tensors": ("fxquant.export_folder", "export_compressed_tensors"),
     "export_gguf": ("fxquant.export_ggml", "export_gguf"),
     "format": ("fxquant.formats", "parse_format"),

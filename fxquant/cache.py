@@ -11,11 +11,11 @@ import hashlib
 import importlib.util
 import os
 import stat
-import uuid
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 
+from fxquant import outputs
 from fxquant.errors import CacheError
 
 _HASH = 16  # hex digits in a file's name
@@ -55,14 +55,9 @@ def write_bytes(name: str, content: bytes) -> Path:
     path = folder() / name
     if _holds(path, content):
         return path
-    temporary = path.with_name(f".{name}.{uuid.uuid4().hex}")
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
+        outputs.write(path, content, mode=0o600)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CacheError(f"cannot write {path}: {error}. Free some space, or set XDG_CACHE_HOME") from error
     return path
 

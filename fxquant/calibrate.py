@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from fxquant import spool
 from fxquant.errors import CalibrationError, InputError
 from fxquant.graph import info, tensor_type
+from fxquant.lazy import real
 from fxquant.ops import ROUNDINGS
 from fxquant.ops import operators as ops
 from fxquant.program import Progress, quiet
@@ -111,15 +113,15 @@ class Statistics:
             rows += len(x)
         return total * (2 / max(rows, 1))
 
-    def whole(self) -> tuple[Tensor, Tensor | None]:
-        """``hessian`` and ``drift`` over all batches, those that are held out too."""
-        if self.held_out_hessian is None:
-            return self.hessian, self.drift
-        part = sum(len(x) for x in self.columns(self.held_out)) / max(self.rows, 1)
-        drift = self.held_out_drift
-        return self.hessian.lerp(self.held_out_hessian, part), None if self.drift is None or drift is None else (
-            self.drift.lerp(drift, part)
-        )
+    @property
+    def share(self) -> float:
+        """The part of all rows that is held out."""
+        return sum(len(x) for x in self.columns(self.held_out)) / max(self.rows, 1)
+
+    @property
+    def figures(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
+        """``hessian`` and ``drift``, the same of what is held out, and ``share``: what solvers know of the inputs."""
+        return self.hessian, self.drift, self.held_out_hessian, self.held_out_drift, self.share
 
     @cached_property
     def largest(self) -> Tensor:
@@ -271,7 +273,7 @@ class _Walk:
             self.values[node] = [batch[at] for batch in self.batches]
         elif node not in self.constants:
             fixed = {n: self.constant(n) for n in node.all_input_nodes if n in self.constants}
-            self.values[node] = [self.compute(node, i, fixed) for i in range(len(self.batches))]
+            self.values[node] = [spool.keep(self.compute(node, i, fixed)) for i in range(len(self.batches))]
             if not node.users:
                 del self.values[node]
         for n in dead:
@@ -291,7 +293,7 @@ class _Walk:
     def constant(self, node: fx.Node) -> Tensor:
         """A tensor of the module, or a weight decoded from its codes."""
         if node.op == "get_attr":
-            return fetch(self.gm, str(node.target))
+            return real(fetch(self.gm, str(node.target)))  # type: ignore[no-any-return]
         if self.weights == "float" and (quant := info(node).weight) is not None:
             value = float_weight(self.gm, node)
             return torch.zeros_like(value) if quant.part_of else value  # the float model has no compensation

@@ -51,6 +51,7 @@ from fxquant.sizes import (
     small_limits,
 )  # fmt: skip
 from fxquant.symbolic import trace_symbolically
+from fxquant.valueless import give_values, without_values
 
 Inputs = Any
 """A tuple of positional inputs, or a dict of keyword inputs."""
@@ -69,6 +70,8 @@ def capture(
     export would otherwise fix it. Inputs whose examples have the same batch size share that dimension. Sizes at which
     the model takes another path than on the example are refused by the signature's limits.
 
+    Of a model with Lazy weights shapes alone are traced and compared: none of its weights is read.
+
     Raises InputError for example inputs that the model fails on, CaptureError, naming the module and the source line,
     or WeightError for weights without values.
     """
@@ -78,9 +81,10 @@ def capture(
             program = _from_exported_program(model)
         else:
             check_model(model)
-            with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+            with evaluating(model), torch.no_grad(), warnings.catch_warnings(), without_values(model) as weights:
                 warnings.simplefilter("ignore")
                 program = _capture_module(model, example_inputs, dynamic_shapes)
+            give_values(program.gm, weights)
     _check_float(program)
     program.gm.graph.lint()
     program.gm.recompile()

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from fxquant import claims
+from fxquant.downloads import check_complete
 from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.examples import example_inputs
 from fxquant.gguf_header import check_gguf
 from fxquant.headers import folder_tensors
 from fxquant.kv_cache import CachedDecoder, with_cache
+from fxquant.lazy import FromFile, real
 from fxquant.program import Progress, quiet
 
 
@@ -45,18 +47,24 @@ class LoadedModel:
     dtype: torch.dtype = torch.float32
 
 
-def load_model(path: str | Path, *, kv_cache: bool = False, progress: Progress = quiet) -> LoadedModel:
+def load_model(
+    path: str | Path, *, kv_cache: bool = False, lazy: bool = False, progress: Progress = quiet
+) -> LoadedModel:
     """The model at ``path``: a folder with config.json and safetensors, or a ``.gguf`` file.
 
-    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it.
+    ``kv_cache``: a decoder with its keys and values as inputs and outputs, as ``with_cache`` makes it. ``lazy``: its
+    weights stay in the folder's files and are read, cast to fp32, when they are needed (``fxquant.lazy``).
     Raises ModelError for anything else, with a word on how to convert it.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
+    if lazy and path.is_file():
+        raise ModelError(f"{path} is a GGUF file, whose weights are decoded in memory; only folders of safetensors can "
+                         f"be streamed")  # fmt: skip
     hf = transformers()
     progress("load model", 0, 3)
     with no_bars(hf):
-        model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path), None)
+        model, quantized = _from_gguf(hf, path) if path.is_file() else (_from_folder(hf, path, lazy), None)
         dtype = torch.float32 if path.is_file() else _stored_dtype(_config(path))
         progress("load tokenizer", 1, 3)
         tokenizer = _tokenizer(hf, path)
@@ -106,7 +114,7 @@ def load_packed(path: str | Path, *, progress: Progress = quiet) -> tuple[Any, A
     In eval mode; what is not packed is in fp32. ModelError for another folder, LoadError for one that was changed.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     hf = transformers()
     if not is_packed(path):
         raise ModelError(f"{path} holds no weights that fxquant packed; {_KINDS}: fxquant compile takes those")
@@ -131,7 +139,7 @@ def empty_model(path: str | Path) -> nn.Module | None:
     None for a GGUF file whose header does not say which model it is. Raises ModelError as ``load_model`` does.
     """
     path = Path(path)
-    _check_path(path)
+    check_path(path)
     hf = transformers()
     if path.is_file():
         with _parsing(path):
@@ -200,19 +208,26 @@ _TO_SAFETENSORS = (
 _KINDS = "expected a Hugging Face folder (config.json and *.safetensors) or a .gguf file"
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
     """ModelError unless ``path`` is a ``.gguf`` file or a folder with config.json and safetensors."""
     if not path.exists():
         raise ModelError(f"{path} does not exist; {_KINDS} on this machine (a model's hub name is not looked up; "
                          f"hf download NAME --local-dir FOLDER fetches one)")  # fmt: skip
     if path.is_file():
         _check_file(path)
+        check_complete(path)
     elif (path / "graph.json").exists():
         raise ModelError(f"{path} is a model that fxquant compiled already (fxquant inspect shows it, fxquant.load "
                          f"reads it); give the float model that it was compiled from")  # fmt: skip
     elif not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json; {_KINDS}{_inside(path)}")
-    elif not any(path.glob("*.safetensors")):
+    else:
+        check_complete(path)
+        _check_weights(path)
+
+
+def _check_weights(path: Path) -> None:
+    if not any(path.glob("*.safetensors")):
         pickles = sorted(f.name for suffix in _PICKLES for f in path.glob(f"*{suffix}"))
         if pickles:
             raise ModelError(f"{path} holds pickled weights ({', '.join(pickles)}), which may run code when read and "
@@ -267,21 +282,26 @@ def _float_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _from_folder(hf: ModuleType, path: Path) -> nn.Module:
-    return _loaded(hf, path, _float_config(path))
+def _from_folder(hf: ModuleType, path: Path, lazy: bool) -> nn.Module:
+    return _loaded(hf, path, _float_config(path), lazy)
 
 
-def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
+def _loaded(hf: ModuleType, path: Path, config: dict[str, Any], lazy: bool = False) -> nn.Module:
     """The model of the class that the config names, in fp32; nothing of it may be missing."""
     cls = _model_class(hf, path, config)
     claims.check_folder(path)
     stored = folder_tensors(path)
-    claims.check_weights(path, _empty(hf, path, config, len(stored)), stored, packed=is_packed(path))
+    empty = _empty(hf, path, config, len(stored))
+    claims.check_weights(path, empty, stored, packed=is_packed(path), in_memory=not lazy)
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False}
+    source: Path | None = path
     try:
-        model, loaded = cls.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-            output_loading_info=True,
-        )  # fmt: skip
+        if lazy:
+            cls, source = type(empty), None
+            state = {name: FromFile(t.file, t.begin, t.dtype, t.shape).lazy() for name, t in stored.items()}
+            made = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            options = {"state_dict": state, "config": made}
+        model, loaded = cls.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     except FxquantError:
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many types here
@@ -292,6 +312,8 @@ def _loaded(hf: ModuleType, path: Path, config: dict[str, Any]) -> nn.Module:
             f"{path} lacks {len(missing)} weights of {cls.__name__}, such as {missing[0]!r}, which would be random; "
             f"fetch all of its *.safetensors files, or name the class that was saved in config.json's architectures"
         )
+    for module in model.modules():  # what is traced may look at buffers
+        module._buffers.update({name: real(value) for name, value in module._buffers.items()})
     return model  # type: ignore[no-any-return]
 
 

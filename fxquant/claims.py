@@ -133,12 +133,14 @@ def building(path: Path, stored: int) -> Iterator[None]:
         hook.remove()
 
 
-def check_weights(path: Path, model: nn.Module, stored: Mapping[str, StoredTensor], *, packed: bool = False) -> None:
+def check_weights(
+    path: Path, model: nn.Module, stored: Mapping[str, StoredTensor], *, packed: bool = False, in_memory: bool = True
+) -> None:
     """Raise ModelError unless the weights stored can be those of ``model``, whose parameters are on the meta device.
 
     Names may differ, since transformers renames and joins what older versions wrote: compared are the numbers of
-    elements, and element types where names are the same. A float model must fit into memory in float32. A byte that is
-    ``packed`` holds up to eight elements.
+    elements, and element types where names are the same. A float model that is to be ``in_memory`` must fit there in
+    float32. A byte that is ``packed`` holds up to eight elements.
     """
     parameters = dict(model.named_parameters())
     check_size(path, model, sum((t.end - t.begin) * (8 if packed else 1) // t.dtype.itemsize for t in stored.values()))
@@ -147,7 +149,7 @@ def check_weights(path: Path, model: nn.Module, stored: Mapping[str, StoredTenso
             kind = str(stored[name].dtype).removeprefix("torch.")
             raise ModelError(f"{stored[name].file}: tensor {name!r} holds {kind}, where the model has floats; it is "
                              f"quantized in a way its config does not say: start from the float model")  # fmt: skip
-    if not packed:
+    if in_memory and not packed:
         check_memory(path, 4 * sum(p.numel() for p in parameters.values()))
 
 
@@ -165,8 +167,10 @@ def check_size(path: Path, model: nn.Module, stored: int) -> None:
 def check_memory(path: Path, nbytes: int) -> None:
     """Raise ModelError where a model of ``nbytes`` can never fit into this machine's memory."""
     if nbytes > (most := memory()):
-        raise ModelError(f"{path} takes {nbytes:,} bytes in float32, and this machine has {most:,} of memory; use a "
-                         f"larger machine or a smaller model")  # fmt: skip
+        advice = "pack its weights one after the other: fxquant compile --stream"
+        if path.is_file():
+            advice = "use a larger machine, or compile the folder of safetensors that it was made from with --stream"
+        raise ModelError(f"{path} takes {nbytes:,} bytes in float32, and this machine has {most:,} of memory; {advice}")
 
 
 def memory() -> int:

@@ -16,12 +16,15 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fxquant import cli_compare, cli_config, cli_generate, cli_kernels, cli_measure, cli_onnx, cli_recommend
+from fxquant import cli_compare, cli_config, cli_generate, cli_jobs, cli_kernels, cli_measure, cli_onnx, cli_recommend
 from fxquant.cli_options import (
     CalibrationText,
+    Engine,
     FolderFormat,
     Json,
     Overwrite,
+    RayAddress,
+    Workers,
     calibration_data,
     check_file,
     check_hf,
@@ -29,6 +32,7 @@ from fxquant.cli_options import (
     note,
     print_json,
     save_hf,
+    streams,
 )
 from fxquant.errors import FxquantError
 from fxquant.files import shown
@@ -36,6 +40,10 @@ from fxquant.files import shown
 
 class Commands(TyperGroup):
     """Prints the errors that fxquant raises on purpose, and those of the file system, and exits with 1."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[cli_jobs.ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -106,10 +114,26 @@ def compile_(
         FolderFormat,
         typer.Option("--format", help="fxquant: the compiled graph; hf: a folder for transformers' from_pretrained."),
     ] = FolderFormat.fxquant,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Never hold the whole model in memory: weights are packed one after the other. By default where it "
+            "would take more than half of the memory.",
+        ),
+    ] = None,
+    workers: Workers = None,
+    engine: Engine = None,
+    ray_address: RayAddress = None,
     overwrite: Overwrite = False,
+    resume: cli_jobs.Resume = False,
+    restart: cli_jobs.Restart = False,
     as_json: Json = False,
 ) -> None:
     """Compile MODEL with a quantization config and save it, with its weights packed, to OUT.
+
+    What its methods have finished is kept in OUT.job until OUT is there, so that a job that was stopped can be
+    continued with --resume.
 
     Examples:
 
@@ -119,33 +143,64 @@ def compile_(
 
         fxquant compile model.gguf -c my-config.yaml -o out --overwrite
 
+        fxquant compile ./SmolLM2-135M -c W4A4-FPQ -o smollm2-fpq --workers 4
+
         fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-hf --format hf
+
+        fxquant compile ./Llama-3.1-70B -c W6A16-E3M2 -o llama-fp6 --stream
+
+        fxquant compile ./SmolLM2-135M -c W4A16-GPTQ -o smollm2-fp4 --resume
     """
-    from fxquant import checkpoints, pipeline, store
+    from fxquant import checkpoints, engines, pipeline, store
+    from fxquant import stream as streaming
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
     settings, hf = load_config(config), format == FolderFormat.hf
+    checkpoints.check_path(model)
+    made_of = cli_jobs.source(model, calibration, kv_cache)
     if hf:
-        check_hf(settings, out, kv_cache, overwrite)
+        check_hf(settings, out, kv_cache or bool(stream), overwrite)
+    elif resume and not overwrite and (done := cli_jobs.finished(out.absolute(), settings, made_of)):
+        _tell(done, out, as_json=as_json)
+        return
     else:
         store.check_place(out.absolute(), overwrite)
-    with progress_bars() as progress:
-        loaded = checkpoints.load_model(model, kv_cache=kv_cache, progress=progress)
+        stream = streams(model, settings) if stream is None else stream
+    if stream:
+        streaming.check_methods(settings)
+    job = cli_jobs.job(model, out, made_of, resume=resume, restart=restart)
+    with (
+        cli_jobs.resumable(job),
+        progress_bars() as progress,
+        engines.executor(engine, workers=workers, address=ray_address) as executor,
+    ):
+        loaded = checkpoints.load_model(model, kv_cache=kv_cache, lazy=bool(stream), progress=progress)
         data = calibration_data(settings, loaded, calibration)
-        make = pipeline.quantize_ if hf else pipeline.compile
-        compiled = make(loaded.model, config=settings, example_inputs=loaded.example_inputs, calibration=data,
-                        progress=progress)  # fmt: skip
-        progress("save", 0, 0)
-        if hf:
-            save_hf(loaded, out)
+        given: dict[str, Any] = {
+            "config": settings, "example_inputs": loaded.example_inputs, "calibration": data, "job": job,
+            "progress": progress, "executor": executor,
+        }  # fmt: skip
+        if stream:
+            compiled = streaming.compile_to(out, loaded.model, tokenizer=loaded.tokenizer, overwrite=overwrite, **given)
         else:
-            compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
+            compiled = (pipeline.quantize_ if hf else pipeline.compile)(loaded.model, **given)
+            progress("save", 0, 0)
+            if hf:
+                save_hf(loaded, out)
+            else:
+                compiled.save(out, tokenizer=loaded.tokenizer, overwrite=overwrite)
+        job.finish()
     if loaded.quantized:
         note(f"{loaded.name} was quantized before ({loaded.quantized}): its errors are measured against that")
+    _tell(compiled, out, source=loaded.quantized, hf=hf, as_json=as_json)
+
+
+def _tell(compiled: Any, out: Path, *, source: str | None = None, hf: bool = False, as_json: bool) -> None:
+    """What was compiled, and what to do next."""
     summary = compiled.summary()
     if as_json:
-        print_json({"out": str(out), "source_quantized": loaded.quantized, **summary.to_dict()})
+        print_json({"out": str(out), "source_quantized": source, **summary.to_dict()})
         return
     typer.echo(str(summary))
     following = f"fxquant inspect {out} --html report.html, or fxquant export {out} -o model.onnx"

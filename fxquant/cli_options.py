@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,11 +26,37 @@ if TYPE_CHECKING:
     from fxquant.config import Config
     from fxquant.program import Progress
 
+
+class EngineName(StrEnum):
+    """``fxquant.engines.ENGINES``."""
+
+    in_process = "in-process"
+    processes = "processes"
+    ray = "ray"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else, to stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 CalibrationText = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Text for methods that need data; by default text that comes with Python."),
+]
+
+
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", help="How many layers are solved at a time. The result is the same for any number."
+    ),
+]
+Engine = Annotated[
+    EngineName | None,
+    typer.Option(
+        help="Where layers are solved: here, in processes of this machine (for 2 workers and more), or on Ray."
+    ),
+]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="A Ray cluster, or auto; without it one is started here.")
 ]
 
 
@@ -40,17 +67,35 @@ class FolderFormat(StrEnum):
     hf = "hf"
 
 
-def check_hf(settings: Config, out: Path, kv_cache: bool, overwrite: bool) -> None:
+def check_hf(settings: Config, out: Path, graph_only: bool, overwrite: bool) -> None:
     """Raise, before any work, for what cannot become a Hugging Face folder at ``out``."""
     from fxquant.checkpoints import is_packed
     from fxquant.pipeline import check_modules
 
-    if kv_cache:
-        raise InputError("--kv-cache is for compiled graphs; with --format hf transformers has its own: leave it out")
+    if graph_only:
+        raise InputError(
+            "--kv-cache and --stream are for compiled graphs, and do not go with --format hf: leave one out"
+        )
     check_modules(settings)
     if out.exists() and not (overwrite and is_packed(out)):
         what = "is no model that fxquant packed, and is not overwritten" if overwrite else "exists already"
         raise SaveError(f"{out} {what}; choose another folder{'' if overwrite else ', or give --overwrite'}")
+
+
+def streams(model: Path, settings: Config) -> bool:
+    """Whether a model is compiled without being in memory as a whole, where nobody said; a note where it is."""
+    from fxquant import claims
+    from fxquant import stream as streaming
+    from fxquant.headers import folder_tensors
+
+    if not model.is_dir() or not streaming.can(settings):
+        return False
+    needed = sum(4 * math.prod(tensor.shape) for tensor in folder_tensors(model).values())
+    if 2 * needed <= (memory := claims.memory()):
+        return False
+    note(f"{model.resolve().name} takes {needed / 1e9:.1f} GB in float32, of {memory / 1e9:.1f} GB of memory: its "
+         f"weights are streamed; --no-stream compiles it in memory, and measures its outputs")  # fmt: skip
+    return True
 
 
 def save_hf(loaded: LoadedModel, out: Path) -> None:

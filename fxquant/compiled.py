@@ -36,12 +36,17 @@ class CompiledModel:
 
     ``activation_bits`` 16 or 8 lets packed linears on a CPU round their input to so many bits, for each row and 8
     columns, where that is faster: calls with few rows, as a decoder's steps are. 32 is float32 throughout.
+
+    ``origin`` is what it was made from (``fxquant.origin``), as its saved model's manifest says; None if unknown.
     """
 
-    def __init__(self, program: Program, config: Config, *, activation_bits: int = 32) -> None:
+    def __init__(
+        self, program: Program, config: Config, *, activation_bits: int = 32, origin: Mapping[str, Any] | None = None
+    ) -> None:
         self.program = program
         self.config = config
         self.activation_bits = activation_bits
+        self.origin = origin
 
     @cached_property
     def _runs(self) -> Program:
@@ -61,8 +66,9 @@ class CompiledModel:
     def to(self, device: str | torch.device) -> CompiledModel:
         """A copy of the model on another device, ``"cuda"`` for one; inputs are to be there too. This one stays."""
         return CompiledModel(
-            copied(self.program, torch.device(device)), self.config, activation_bits=self.activation_bits
-        )
+            copied(self.program, torch.device(device)), self.config, activation_bits=self.activation_bits,
+            origin=self.origin,
+        )  # fmt: skip
 
     def autotune(self, rows: Sequence[int] = (1,), *, progress: Progress = quiet) -> dict[str, Any]:
         """Time the tiles of every packed linear on the GPU that the model is on, for so many rows of input.
@@ -74,12 +80,13 @@ class CompiledModel:
         return dict(launch.autotune(program.gm, rows, progress=progress))
 
     def save(self, directory: str | Path, *, tokenizer: Any | None = None, overwrite: bool = False) -> None:
-        """Write the folder ``directory``: graph.json, and model.safetensors with packed weights. Raises SaveError.
+        """Write the folder ``directory``: graph.json, model.safetensors with packed weights, and manifest.json, which
+        says what the model was made from. Raises SaveError.
 
         A ``tokenizer`` is saved beside them, so that ``fxquant eval`` finds it. ``overwrite`` replaces a saved model.
         """
         config = self.config.to_dict()
-        store.save(self.program, directory, config=config, tokenizer=tokenizer, overwrite=overwrite)
+        store.save(self.program, directory, config=config, tokenizer=tokenizer, overwrite=overwrite, origin=self.origin)
 
     def export_onnx(
         self, path: str | Path, *, opset: int = 21, operators: Operators = "auto", activation_bits: ActivationBits = 32,

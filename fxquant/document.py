@@ -1,6 +1,6 @@
 """A program as one JSON document, with its tensors apart; every invariant of a loaded program is checked here.
 
-    {"format": "fxquant", "version": 1, "fxquant": "0.1.0", "config": {...},
+    {"format": "fxquant", "version": 2, "fxquant": "0.1.0", "config": {...},
      "signature": {"inputs": [...], "output": ..., "fixed": {...}},
      "tensors": {"head.weight": {"dtype": "float32", "shape": [8, 4]}, "embed.weight": {"same_as": "head.weight"}},
      "nodes": [{"name": "linear", "op": "call_function", "target": "aten.linear.default", "args": [...], "info": ...}],
@@ -44,13 +44,14 @@ from fxquant.encoding import (
 )  # fmt: skip
 from fxquant.errors import FormatError
 from fxquant.graph import META, TensorType, info
+from fxquant.lazy import Lazy
 from fxquant.observed import decode_observations, encode_observations
 from fxquant.program import Program
 from fxquant.qtensor import QuantizedTensor, check_exponent_bias, check_scale
 from fxquant.rewrite import attach, get_attrs, identity, tensors
 from fxquant.targets import check_call, decode_target, encode_target
 
-FORMAT, VERSION = "fxquant", 1
+FORMAT, VERSION = "fxquant", 2  # 1 had the seconds of each pass in the trace
 _KEYS = ("format", "version", "fxquant", "config", "signature", "tensors", "nodes", "trace")
 _MAX_CONFIG_DEPTH = 32
 
@@ -111,6 +112,9 @@ def encode_tensors(found: Mapping[str, Tensor]) -> tuple[dict[str, Json], dict[s
         order = memory_order(value)
         if order != sorted(order):
             table[key]["order"] = order
+        if isinstance(value, Lazy):
+            stored[key] = value.permute(order) if order != sorted(order) else value
+            continue
         dense = value.detach().resolve_conj().resolve_neg().cpu().permute(order).contiguous()
         shared = dense.untyped_storage().data_ptr() in storages
         stored[key] = dense.clone() if shared else dense
@@ -221,8 +225,9 @@ def decode(document: Json, stored: Mapping[str, Tensor]) -> tuple[Program, dict[
     for node in graph.nodes:
         if ops.is_op(node.target):
             check_weight(node, constants)
+    trace = decode_trace(found["trace"], timed=found["version"] == 1)
     seen = decode_observations(found["observations"]) if "observations" in found else None
-    return Program(module_of(graph, constants), signature, decode_trace(found["trace"]), seen), config
+    return Program(module_of(graph, constants), signature, trace, seen), config
 
 
 def resolve(table: Mapping[str, Stored | str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

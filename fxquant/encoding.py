@@ -18,6 +18,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -418,11 +419,14 @@ def _output_key(value: Json) -> str | int:
 
 
 def encode_trace(trace: Sequence[Step]) -> Json:
-    """The steps; their texts as indices into ``lines``, where a line that many steps share stands once."""
+    """The steps; their texts as indices into ``lines``, where a line that many steps share stands once.
+
+    What they took is apart (``encode_timings``): everything here is the same whenever a job is run.
+    """
     lines: dict[str, int] = {}
     steps = [
         {
-            "name": step.name, "seconds": encode_value(float(step.seconds)),
+            "name": step.name,
             "error": None if step.error is None else encode_value(float(step.error)),
             "nbytes": step.nbytes,
             "rewrites": [[r.rule, r.node, r.layer, r.detail] for r in step.rewrites],
@@ -434,12 +438,14 @@ def encode_trace(trace: Sequence[Step]) -> Json:
     return {"lines": list(lines), "steps": steps}
 
 
-def decode_trace(value: Json) -> list[Step]:
+def decode_trace(value: Json, *, timed: bool = False) -> list[Step]:
+    """``timed``: each step holds its seconds, as in version 1 of the format."""
+    names = ["name", "error", "rewrites", "declines", "text"] + ["seconds"] * timed
     found = fields(value, "the trace", ["lines", "steps"])
     lines = [text(line, "a line of the trace", 1 << 20) for line in items(found["lines"], "the lines of the trace")]
     steps, total = [], 0
     for item in items(found["steps"], "the steps of the trace"):
-        item = fields(item, "a step", ["name", "seconds", "error", "rewrites", "declines", "text"], ["nbytes"])
+        item = fields(item, "a step", names, ["nbytes"])
         where = f"step {text(item['name'], 'the name of a step', 256)!r}"
         numbers = items(item["text"], f"the text of {where}")
         shown = [lines[whole(i, f"a line of {where}", 0, len(lines) - 1)] for i in numbers]
@@ -451,11 +457,26 @@ def decode_trace(value: Json) -> list[Step]:
             rewrites=tuple(Rewrite(*row) for row in _rows(item["rewrites"], where)),
             declines=tuple(Declined(*row) for row in _rows(item["declines"], where)),
             text="\n".join(shown),
-            seconds=_positive(item["seconds"], f"the time of {where}"),
+            seconds=_positive(item["seconds"], f"the time of {where}") if timed else None,
             error=None if item["error"] is None else decode_number(item["error"], f"the error of {where}"),
             nbytes=None if item.get("nbytes") is None else whole(item["nbytes"], f"the bytes of {where}", 0),
         ))  # fmt: skip
     return steps
+
+
+def encode_timings(trace: Sequence[Step]) -> Json:
+    """The seconds of every step, null where they are not known."""
+    return {"seconds": [[step.name, None if step.seconds is None else float(step.seconds)] for step in trace]}
+
+
+def decode_timings(value: Json, trace: Sequence[Step]) -> list[Step]:
+    """``trace`` with the seconds that ``encode_timings`` wrote."""
+    rows = items(fields(value, "the document", ["seconds"])["seconds"], "the list of seconds")
+    good = all(isinstance(row, list) and len(row) == 2 for row in rows)
+    if not good or [row[0] for row in rows] != [step.name for step in trace]:
+        raise MalformedError("its seconds are not those of the passes in the graph's trace")
+    taken = [None if row[1] is None else _positive(row[1], f"the time of step {row[0]!r}") for row in rows]
+    return [replace(step, seconds=seconds) for step, seconds in zip(trace, taken, strict=True)]
 
 
 def _rows(value: Json, where: str) -> list[list[str]]:

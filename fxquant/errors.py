@@ -58,12 +58,20 @@ class LoadError(FxquantError, ValueError):
     """A saved model that is truncated, tampered with, or of another version."""
 
 
+class JobError(FxquantError, RuntimeError):
+    """An unfinished job that cannot be continued: another process has it, or it is another job; says what differs."""
+
+
 class CacheError(FxquantError, OSError):
     """A cache folder that cannot be made, or that others could write to."""
 
 
 class ModelError(FxquantError, ValueError):
     """A model path that cannot be read: no such file, or a kind that is not supported."""
+
+
+class TaskError(FxquantError, RuntimeError):
+    """A task that no worker could finish: each one died, or is another version; names the task."""
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fxquant import outputs
 from fxquant.checkpoints import transformers
 from fxquant.codegen.checkpoint import complete, read
 from fxquant.codegen.compressed_tensors import Scheme, share_outer_scales, stored
@@ -63,7 +64,7 @@ def export_compressed_tensors(
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     progress("write", 0, 0)
-    _write(target, source, config, tensors, max_shard_bytes)
+    _write(target, source, config, tensors, max_shard_bytes, overwrite=overwrite)
 
 
 # --- the source model -------------------------------------------------------------------------------------------------
@@ -167,23 +168,19 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise SaveError(f"{target} is not a folder of compressed-tensors, so it is not overwritten; choose another")
 
 
-def _write(target: Path, source: Path, config: dict[str, Any], tensors: dict[str, Tensor], most: int) -> None:
-    """The whole folder, beside its place first and then renamed into it."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+def _write(
+    target: Path, source: Path, config: dict[str, Any], tensors: dict[str, Tensor], most: int, *, overwrite: bool
+) -> None:
+    """The whole folder, beside its place first and then moved into it."""
     try:
-        temporary.mkdir()
-        write_shards(temporary, tensors, most)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in COPIED:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, temporary / name)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-    except OSError as error:
+        with outputs.replacing_folder(target, overwrite=overwrite) as folder:
+            write_shards(folder, tensors, most)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for name in COPIED:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+    except (OSError, SafetensorError) as error:
         raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], most: int) -> None:

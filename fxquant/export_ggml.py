@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxquant import outputs
 from fxquant.checkpoints import transformers
 from fxquant.codegen.checkpoint import complete, read
 from fxquant.codegen.ggml import blocks
@@ -51,20 +51,17 @@ def export_gguf(
     _check_architecture(config)
     tensors = _tensors(gguf, compiled, config, progress)
     progress("write", 0, 0)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        writer = gguf.GGUFWriter(temporary, "llama")
-        if source.is_file():
-            _copy_fields(gguf, writer, source)
-        else:
-            _add_fields(writer, config, source)
-            add_tokenizer(gguf, writer, source, config.vocab_size)
-        _write(gguf, writer, tensors)
-        temporary.rename(target)
+        with outputs.replacing(target) as temporary:
+            writer = gguf.GGUFWriter(temporary, "llama")
+            if source.is_file():
+                _copy_fields(gguf, writer, source)
+            else:
+                _add_fields(writer, config, source)
+                add_tokenizer(gguf, writer, source, config.vocab_size)
+            _write(gguf, writer, tensors)
     except OSError as error:
         raise SaveError(f"cannot write {target}: {error}. Free some space or choose another file") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _package() -> ModuleType:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from fxquant import store
+from fxquant import outputs, store
 from fxquant.codegen import roofline
 from fxquant.codegen.aot import compile_variant
 from fxquant.codegen.sass import Statistics, statistics
@@ -123,12 +122,7 @@ def write(folder: Path, files: dict[str, str]) -> list[Path]:
     try:
         folder.mkdir(exist_ok=True)
         for name, text in files.items():
-            temporary = folder / f".{name}.{uuid.uuid4().hex}"
-            try:
-                temporary.write_text(text, encoding="utf-8")
-                temporary.replace(folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
+            outputs.write(folder / name, text.encode())
     except OSError as error:
         raise SaveError(f"cannot write kernels to {folder}: {error}; choose another folder") from error
     return [folder / name for name in files]

@@ -22,7 +22,7 @@ from fxquant.ops import operators as ops
 from fxquant.program import Program
 from fxquant.qdq import float_weight, quant_of, quantized_of, quantized_weights, readers, rounding_spec
 from fxquant.qtensor import QuantizedTensor, packed_nbytes, quantize_tensor, to_matrix
-from fxquant.scales import power_of_two, spread
+from fxquant.scales import Scales, power_of_two, spread
 from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
 ROWS = 32
@@ -44,14 +44,22 @@ def observe(program: Program, inputs: Sequence[Any] | None, *, described: str = 
     watch = _Watch(program.gm, inputs is not None)
     with torch.no_grad():
         watch.run(*(inputs if inputs is not None else [None] * len(program.signature.inputs)))
-        found = list(watch.seen.values())
-        candidates = _candidates(found)
-        layers = tuple(seen.told(candidates[i]) for i, seen in enumerate(found))
+        layers = told(list(watch.seen.values()))
     return Observations(layers, ROWS, described if inputs is not None else "")
 
 
+def told(found: Sequence[Seen]) -> tuple[LayerObservation, ...]:
+    """The observations of weights, each with what every candidate would lose."""
+    return tuple(seen.told(candidates) for seen, candidates in zip(found, _candidates(found), strict=True))
+
+
+def sampled_rows(rows: int) -> Tensor:
+    """Which of the rows of a weight are looked at, int64."""
+    return torch.linspace(0, rows - 1, min(rows, ROWS)).long()
+
+
 @dataclass
-class _Seen:
+class Seen:
     """Rows ``sampled`` of the ``rows`` of a weight, float (W) and as they became (got), and what its layer is given.
 
     ``moments`` are the mean squares of the input's columns, ``exponents`` the shifts that were folded into the weight.
@@ -81,8 +89,7 @@ class _Seen:
 
 def relative(W: Tensor, got: Tensor, importance: Tensor) -> float:
     """The error of ``LayerObservation``."""
-    whole = float((W.square() * importance).sum(dtype=torch.float64))
-    lost = float(((got - W).square() * importance).sum(dtype=torch.float64))
+    lost, whole = (float((x.square() @ importance).sum(dtype=torch.float64)) for x in (got - W, W))
     return math.sqrt(lost / whole) if whole > 0 else 0.0
 
 
@@ -93,7 +100,7 @@ class _Watch(fx.Interpreter):
         super().__init__(gm)
         self.gm, self.runs = gm, runs
         self.constants = constants(gm.graph)
-        self.seen: dict[str, _Seen] = {}
+        self.seen: dict[str, Seen] = {}
         self.readers: dict[fx.Node, str] = {}
         self.weights: dict[fx.Node, tuple[fx.Node, QuantizedTensor]] = {}
         self.factors: dict[fx.Node, str] = {}
@@ -120,18 +127,13 @@ class _Watch(fx.Interpreter):
         return value
 
     def _see_weight(self, node: fx.Node, q: QuantizedTensor, value: Tensor) -> None:
-        quant, rows = quant_of(node), q.codes.shape[0]
+        quant = quant_of(node)
         if quant.weight in self.seen:
             return
-        some = torch.linspace(0, rows - 1, min(rows, ROWS), device=value.device).long()
-        W, got = (_matrix(x, q)[some].float().cpu() for x in (float_weight(self.gm, node), value))
-        if q.exponent_bias is not None:  # folded: the weight is that of an input 2^bias times as large
-            got = got * power_of_two(q.exponent_bias.int().cpu())
-        seen = _Seen(
-            _name(node), quant.spec, W, got, _in_units(W, q, some), histogram(q.scales.effective.log2(), unit="log2"),
-            rows, some.cpu(), q.exponent_bias,
-        )  # fmt: skip
-        self.seen[quant.weight] = seen
+        some = sampled_rows(q.codes.shape[0])
+        W, got = (_matrix(x, q)[some.to(value.device)].float().cpu() for x in (float_weight(self.gm, node), value))
+        shape = (q.codes.shape[0], q.codes.shape[1])
+        self.seen[quant.weight] = see(layer_name(node), W, got, q.scales, q.spec, shape, q.exponent_bias)
 
     def _see_factor(self, weight: str, value: Tensor) -> None:
         """V ``[rank, in]`` comes before U ``[out, rank]``; W' is what the codes say and U V."""
@@ -153,7 +155,20 @@ class _Watch(fx.Interpreter):
         seen.input = _of_input(source, x)
 
 
-def _name(node: fx.Node) -> str:
+def see(
+    name: str, W: Tensor, got: Tensor, scales: Scales, spec: QuantSpec, shape: tuple[int, int],
+    exponents: Tensor | None = None,
+) -> Seen:  # fmt: skip
+    """A weight ``[rows, cols]`` of that ``shape``: its ``sampled_rows`` W and got, and all its scales."""
+    some = sampled_rows(shape[0])
+    if exponents is not None:  # folded: the weight is that of an input 2^bias times as large
+        got = got * power_of_two(exponents.int().cpu())
+    logs = histogram(scales.effective.log2(), unit="log2")
+    return Seen(name, spec, W, got, _in_units(W, scales, spec, shape, some), logs, shape[0], some, exponents)
+
+
+def layer_name(node: fx.Node) -> str:
+    """The path of the first layer that reads a dequantized weight."""
     return next((info(reader).path for reader in readers(node)), "") or quant_of(node).weight
 
 
@@ -163,16 +178,17 @@ def _matrix(x: Tensor, q: QuantizedTensor) -> Tensor:
     return to_matrix(x, q.spec) if along else x.reshape(q.codes.shape)
 
 
-def _in_units(W: Tensor, q: QuantizedTensor, some: Tensor) -> Histogram:
+def _in_units(W: Tensor, scales: Scales, spec: QuantSpec, shape: tuple[int, int], some: Tensor) -> Histogram:
     """Float weights divided by their scales, between the ends of the grid."""
-    block, shape = q.spec.block(*q.codes.shape), q.codes.shape
-    scale = spread(q.scales.effective, block, shape)
-    units = W / (scale[some] if scale.shape[0] > 1 else scale).float().cpu()
-    if q.zero_point is not None:
-        zero = spread(q.zero_point, block, shape)
-        units = units + (zero[some] if zero.shape[0] > 1 else zero).float().cpu()
-    low, high = q.spec.format.limits
-    return histogram(units, low, high, unit="scale")
+
+    def of_rows(values: Tensor) -> Tensor:
+        wide = spread(values, spec.block(*shape), shape).cpu()
+        return (wide[some] if wide.shape[0] > 1 else wide).float()
+
+    units = W / of_rows(scales.effective)
+    if scales.zero_point is not None:
+        units = units + of_rows(scales.zero_point)
+    return histogram(units, *spec.format.limits, unit="scale")
 
 
 def _of_input(source: fx.Node, x: Tensor) -> Histogram:
@@ -187,7 +203,7 @@ def _of_input(source: fx.Node, x: Tensor) -> Histogram:
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
-def _candidates(found: Sequence[_Seen]) -> list[tuple[Candidate, ...]]:
+def _candidates(found: Sequence[Seen]) -> list[tuple[Candidate, ...]]:
     """For each weight what every candidate would lose and take, in the order of ``CANDIDATES``."""
     result: list[list[Candidate]] = [[] for _ in found]
     for cols in dict.fromkeys(seen.W.shape[1] for seen in found):

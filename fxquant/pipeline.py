@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
 from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs, is_hugging_face
+from fxquant.jobs import Job, kept
 from fxquant.layers import Layer, find_layers
 from fxquant.modules import PackedWeight, write_back
 from fxquant.observe import observe
+from fxquant.origin import origin
 from fxquant.passes.fold_activation_scales import FOLD_ACTIVATION_SCALES
 from fxquant.passes.gptq import GPTQ
 from fxquant.passes.gwq import GWQ
@@ -44,6 +47,7 @@ from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, q
 from fxquant.scheme import LayerRule
 from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
+from fxquant.tasks import IN_PROCESS, Executor, Prefixed
 from fxquant.verify import verify
 
 
@@ -55,7 +59,9 @@ def compile(
     calibration: Calibration | None = None,
     passes: Sequence[Pass] = (),
     dynamic_shapes: Any = None,
+    job: str | Path | Job | None = None,
     progress: Progress = quiet,
+    executor: Executor = IN_PROCESS,
 ) -> CompiledModel:
     """Compile ``model`` with a quantization config: capture it, rewrite the graph pass by pass, pack the weights.
 
@@ -63,41 +69,79 @@ def compile(
     where the model allows, ``dynamic_shapes`` (as torch.export takes it) says otherwise. ``config``: a recipe's name, a
     path to YAML, TOML or JSON, a dict, or a Config. ``calibration``: batches of inputs (dicts, tuples or tensors), or
     token windows ``[n, length]``, for configs with methods that need data. ``passes``: passes of your own, run on the
-    float graph before the config's. The model itself is not changed.
+    float graph before the config's. ``job``: a folder in which finished tasks of the config's methods are kept, so that
+    the same call continues after it was stopped; it stays until you remove it. ``executor``: where layers are solved,
+    by default here, one after the other; ``with fxquant.executor("processes") as executor`` makes one with workers. The
+    bits are the same from each. The model itself is not changed.
 
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
-    CalibrationError (data that do not fit, too little of them, NaN activations).
+    CalibrationError (data that do not fit, too little of them, NaN activations), TaskError (a task whose workers die),
+    JobError (a folder of another job).
     """
+    torch.set_num_threads(torch.get_num_threads())  # said, else MKL chooses by size, until a task runs with one
     settings = load_config(config)
-    _check_calibration(settings, calibration)
+    check_calibration(settings, calibration)
     progress("capture", 0, 0)
     program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     measure = _measure(program, example_inputs)
+    batches = batches_for(settings, program, calibration)
+    made_from = origin(
+        program, settings, source=job.source if isinstance(job, Job) else None, examples=example_inputs,
+        calibration=batches, passes=passes, packages=packages_of(model),
+    )  # fmt: skip
+    with kept(executor, job if settings.passes or passes else None, made_from, settings) as keeping:
+        given = {"calibration": batches, "progress": progress, "executor": executor}
+        to_qdq(program, settings, given, keeping, passes=passes, measure=measure)
+    progress("observe", 0, 0)
+    program.observations = observe(program, _example(program, example_inputs))
+    to_packed(program, settings, measure=measure, progress=progress)
+    return CompiledModel(program, settings, origin=made_from)
+
+
+def to_qdq(
+    program: Program, settings: Config, given: Mapping[str, Any], keeping: Executor, *, passes: Sequence[Pass] = (),
+    measure: Measure | None = None,
+) -> None:  # fmt: skip
+    """A captured program to QDQ form, by ``passes`` of one's own and those of the config.
+
+    ``given``: ``calibration`` (batches), ``progress`` and ``executor``; ``keeping`` is the executor of methods. Raises
+    as ``compile`` does.
+    """
     rules = settings.layer_rules()
     run(program, [Stage(NORMALIZE)], check=verify, measure=measure)
     check_rules(rules, find_layers(program.gm))
-    given = {"rules": rules, "calibration": _batches(settings, program, calibration), "progress": progress}
+    stages = _stages(settings, passes, {"rules": rules, **given}, keeping)
+    run(program, stages, check=verify, measure=measure, progress=given["progress"])
+
+
+def to_packed(
+    program: Program, settings: Config, *, measure: Measure | None = None, progress: Progress = quiet
+) -> None:
+    """A program in QDQ form to packed weights and operators on them."""
+    cached = any(METHODS[name] is QUANTIZE_KV_CACHE for name, _ in settings.methods())
+    lowering = [Stage(LOWER), *([Stage(STORE_KV_CACHE)] if cached else []), Stage(REMOVE_DEAD)]
+    run(program, lowering, check=verify, measure=measure, progress=progress)
+
+
+def packages_of(model: Any) -> tuple[str, ...]:
+    """What made the model, beside torch."""
+    return ("transformers",) if isinstance(model, nn.Module) and is_hugging_face(model) else ()
+
+
+def _stages(settings: Config, passes: Sequence[Pass], given: Mapping[str, Any], keeping: Executor) -> list[Stage]:
+    """What a config makes of a float graph, up to its codes. Rounding to nearest is done again sooner than kept."""
+    solving = {**given, "executor": keeping}
+    rules, methods = given["rules"], _methods(settings, solving)
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
-    methods = _methods(settings, given)
-    stages = [
+    return [
         *(Stage(own, given) for own in passes),
         *methods["float"],
         *activations,
-        Stage(INSERT_QDQ, {"rules": rules, "progress": progress}),
+        Stage(INSERT_QDQ, given),
         Stage(REMOVE_DEAD),
         *methods["codes"],
     ]
-    lowering = [
-        Stage(LOWER),
-        *([Stage(STORE_KV_CACHE)] if any(s.pass_ is QUANTIZE_KV_CACHE for s in methods["float"]) else []),
-        Stage(REMOVE_DEAD),
-    ]
-    run(program, stages, check=verify, measure=measure, progress=progress)
-    progress("observe", 0, 0)
-    program.observations = observe(program, _example(program, example_inputs))
-    run(program, lowering, check=verify, measure=measure, progress=progress)
-    return CompiledModel(program, settings)
 
 
 METHODS = {
@@ -110,7 +154,7 @@ METHODS = {
 """The passes that a config may ask for; ``config.METHODS`` holds their options."""
 
 
-def _batches(settings: Config, program: Program, calibration: Calibration | None) -> list[Batch]:
+def batches_for(settings: Config, program: Program, calibration: Calibration | None) -> list[Batch]:
     """The calibration data as the graph takes it, nothing where no method needs any."""
     if calibration is None or settings.needs_data() is None:
         return []
@@ -120,12 +164,17 @@ def _batches(settings: Config, program: Program, calibration: Calibration | None
 def _methods(settings: Config, given: Mapping[str, Any]) -> dict[str, list[Stage]]:
     """The methods a config asks for, in its order: those on float weights, and those on codes."""
     stages: dict[str, list[Stage]] = {"float": [], "codes": []}
+    seen = Counter[str]()
     for name, options in settings.methods():
-        stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **given}))
+        seen[name] += 1
+        own = dict(given)
+        if seen[name] > 1:  # a pass that runs again has tasks of its own
+            own["executor"] = Prefixed(given["executor"], f"{seen[name]}:")
+        stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **own}))
     return stages
 
 
-def _check_calibration(settings: Config, calibration: Calibration | None) -> None:
+def check_calibration(settings: Config, calibration: Calibration | None) -> None:
     """Raise a ConfigError where a method needs data and there is none."""
     if (needy := settings.needs_data()) and calibration is None:
         raise ConfigError(
@@ -137,8 +186,9 @@ def _check_calibration(settings: Config, calibration: Calibration | None) -> Non
 def load(directory: str | Path) -> CompiledModel:
     """The compiled model saved in ``directory``. Nothing in it is executed. Raises LoadError for a damaged folder."""
     program, config = store.load(directory)
+    manifest = store.read_manifest(Path(directory))
     try:
-        return CompiledModel(program, load_config(config))
+        return CompiledModel(program, load_config(config), origin=manifest["origin"] if manifest else None)
     except ConfigError as error:
         raise LoadError(f"{directory}: the saved config is not valid, the folder was changed: {error}") from error
 
@@ -149,22 +199,26 @@ def quantize_(
     example_inputs: Any = None,
     *,
     calibration: Calibration | None = None,
+    job: str | Path | Job | None = None,
     progress: Progress = quiet,
+    executor: Executor = IN_PROCESS,
 ) -> CompiledModel:
     """Compile ``model`` and write the packed weights back into it, so that its own methods (``generate``) run on them.
 
     Modules whose weight was quantized are replaced in place; what replaces them keeps their attributes and hooks, and
     decodes ``weight`` when it is read. ``example_inputs`` may be left out for Hugging Face models and others that have
     ``dummy_inputs``. Returns the compiled model, for its report. A transformers model's own ``save_pretrained`` writes
-    packed weights afterwards. ConfigError for methods that change more of the graph than codes, such as ``rotate``:
-    modules cannot hold that.
+    packed weights afterwards. ``job`` is as for ``compile``. ConfigError for methods that change more of the graph than
+    codes, such as ``rotate``: modules cannot hold that.
     """
     config = load_config(config)
     check_modules(config)
     if example_inputs is None:
         example_inputs = default_inputs(model)
     try:
-        compiled = compile(model, example_inputs, config, calibration=calibration, progress=progress)
+        compiled = compile(
+            model, example_inputs, config, calibration=calibration, job=job, progress=progress, executor=executor
+        )
     except ConfigError as error:
         if any(isinstance(module, PackedWeight) for module in model.modules()):
             raise ConfigError(

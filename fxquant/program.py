@@ -18,7 +18,7 @@ from fxquant.signature import Signature
 
 @dataclass(frozen=True)
 class Step:
-    """One pass that ran: what it rewrote, what it declined, the graph after it, its time in seconds.
+    """One pass that ran: what it rewrote, what it declined, the graph after it, its time in seconds (None: not known).
 
     ``error`` is ||y - y_float|| / ||y_float|| of the first output on the example inputs, ``nbytes`` what the model's
     tensors take, codes packed; None where not measured.
@@ -28,7 +28,7 @@ class Step:
     rewrites: tuple[Rewrite, ...]
     declines: tuple[Declined, ...]
     text: str
-    seconds: float
+    seconds: float | None
     error: float | None = None
     nbytes: int | None = None
 

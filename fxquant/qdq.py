@@ -6,6 +6,7 @@ too until lowering (``WeightQuant.weight``). Methods that refine codes read it h
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, fx
 
 from fxquant import scales
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, info, set_info, update_info
+from fxquant.lazy import Lazy, real
 from fxquant.ops import operators as ops
-from fxquant.qtensor import QuantizedTensor
-from fxquant.rewrite import aten, attach, detach, fetch, free_name, get_attr
-from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.qtensor import QuantizedTensor, error_squares, to_matrix
+from fxquant.rewrite import aten, attach, detach, fetch, free_name, get_attr, write
+from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
 PARTS = ("codes", "scale", "zero_point", "tensor_scale", "exponent_bias")
 """The tensors of a quantized weight; the first three are arguments of the operator by position, the others by name."""
@@ -39,10 +41,16 @@ def quant_of(node: fx.Node) -> WeightQuant:
     return quant
 
 
+def task_name(rule: str, node: fx.Node) -> str:
+    """The name of the task of pass ``rule`` for the weight of a dequantize node: no two nodes have the same."""
+    quant = quant_of(node)
+    return f"{rule}/{quant.weight}{'_t' if quant.transposed else ''}"
+
+
 def float_weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     """The float weight that a dequantize node stands for, seen as the node gives it: ``[..., out, in]``."""
     quant = quant_of(node)
-    value = fetch(gm, quant.weight)
+    value: Tensor = real(fetch(gm, quant.weight))
     return value.transpose(-1, -2) if quant.transposed else value
 
 
@@ -51,7 +59,7 @@ def replace_weight(gm: fx.GraphModule, node: fx.Node, q: QuantizedTensor, method
     operands = (*node.args[:3], *(node.kwargs.get(part) for part in PARTS[3:]))
     for operand, part in zip(operands, PARTS, strict=True):
         if isinstance(operand, fx.Node):
-            fetch(gm, str(operand.target)).copy_(getattr(q, part))
+            write(gm, str(operand.target), getattr(q, part))
     value = float_weight(gm, node)
     update_info(node, weight=replace(quant_of(node), method=method, error=weight_error(value, q)))
 
@@ -81,7 +89,9 @@ def requantize(gm: fx.GraphModule, node: fx.Node, q: QuantizedTensor, method: st
 def quantized_of(gm: fx.GraphModule, node: fx.Node) -> QuantizedTensor:
     """The quantized tensor that a dequantize node reads."""
     operands = (*node.args[:3], *(node.kwargs.get(part) for part in PARTS[3:]))
-    codes, scale, zero, outer, bias = (fetch(gm, str(a.target)) if isinstance(a, fx.Node) else None for a in operands)
+    codes, scale, zero, outer, bias = (
+        real(fetch(gm, str(a.target))) if isinstance(a, fx.Node) else None for a in operands
+    )
     assert codes is not None
     assert scale is not None
     shape = tuple(node.args[4])  # type: ignore[arg-type]
@@ -176,6 +186,9 @@ def _dequantized(gm: fx.GraphModule, before: fx.Node, name: str, q: QuantizedTen
 
 
 def weight_error(value: Tensor, q: QuantizedTensor) -> float:
-    """||W - W'|| / ||W||, 0 for a weight of zeros."""
-    norm = float(value.float().norm())
-    return float((q.dequantize() - value.float()).norm()) / norm if norm else 0.0
+    """||W - W'|| / ||W||, 0 for a weight of zeros; NaN for one that is not read yet."""
+    if isinstance(q.codes, Lazy):
+        return math.nan
+    along = isinstance(q.spec.granularity, PerChannel) and q.spec.granularity.axis
+    lost, whole = error_squares(to_matrix(value, q.spec) if along else value.reshape(q.codes.shape), q)
+    return math.sqrt(lost / whole) if whole else 0.0

@@ -12,7 +12,7 @@ float64 is computed in float64, all else in float32. Denormal input is a value l
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 import fxquant.packing as packing  # "from fxquant import" would load the kernels, which import this module
 from fxquant.errors import FormatError, WeightError
 from fxquant.grids import CodebookFormat
-from fxquant.scales import Clip, Ranges, Scales, choose, dequantize, extremes, power_of_two, quantize
+from fxquant.scales import Clip, Ranges, Scales, choose, chunks, dequantize, extremes, power_of_two, quantize
 from fxquant.scheme import PerChannel, PerToken, QuantSpec, parse_spec
 
 
@@ -79,6 +79,23 @@ class QuantizedTensor:
         """Bytes of the packed codes, the stored scales, the zero points and the scale of scales."""
         own = 0 if self.exponent_bias is None else self.exponent_bias.nbytes
         return packed_nbytes(self.spec, *self.codes.shape) + own
+
+    def rows(self, some: Tensor) -> QuantizedTensor:
+        """The rows ``some`` (int64) of the matrix, as a matrix of its own whose scales are one a row of blocks."""
+        high = self.spec.block(*self.codes.shape)[0]
+
+        def of(values: Tensor | None) -> Tensor | None:
+            if values is None or len(values) == 1:
+                return values
+            return values[some // high] if len(values) < len(self.codes) else values[some]
+
+        scale = of(self.scale)
+        assert scale is not None
+        shape = (len(some), self.codes.shape[1])
+        return replace(
+            self, codes=self.codes[some], scale=scale, zero_point=of(self.zero_point),
+            tensor_scale=of(self.tensor_scale), shape=shape,
+        )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The real values, of ``shape``, in ``dtype``."""
@@ -180,13 +197,26 @@ def quantize_tensor(
     text) for NaN, Inf, integers, no elements, a tensor with no dimension or no storage.
     """
     spec = parse_spec(spec) if isinstance(spec, str) else spec
-    _check_kind(x, name)
+    check_kind(x, name)
     matrix = to_matrix(x.detach(), spec, channel_dims)
     ranges = extremes(matrix, spec.block(*matrix.shape))
     _check_finite(x, ranges, name)
     scales = choose(matrix, spec, clip=clip, name=name, ranges=ranges)
     codes = quantize(matrix, scales, spec)
     return QuantizedTensor(codes, scales.scale, scales.zero_point, spec, tuple(x.shape), scales.tensor_scale)
+
+
+def error_squares(matrix: Tensor, q: QuantizedTensor) -> tuple[float, float]:
+    """||W - W'||^2 and ||W||^2 of a matrix ``[rows, cols]`` and its codes: sums in float32 of 4096 columns of a row,
+    added up exactly, so that the result depends neither on threads nor on how rows are cut."""
+    lost, whole = list[Tensor](), list[Tensor]()
+    for where, part, own in chunks(matrix, q.scales, q.spec.block(*matrix.shape)[0]):
+        x = part.float()
+        difference = decode(q.codes[where], own, q.spec, q.exponent_bias, torch.float32).sub_(x)
+        whole += [torch.linalg.vector_norm(columns, dim=1) for columns in x.split(4096, dim=1)]
+        lost += [torch.linalg.vector_norm(columns, dim=1) for columns in difference.split(4096, dim=1)]
+    first, second = (math.fsum(torch.cat(norms).double().square().tolist()) for norms in (lost, whole))
+    return first, second
 
 
 def fake_quantize(
@@ -231,7 +261,7 @@ def from_matrix(matrix: Tensor, spec: QuantSpec, shape: tuple[int, ...]) -> Tens
     return matrix.reshape(moved).movedim(0, axis)
 
 
-def _check_kind(x: Tensor, name: str) -> None:
+def check_kind(x: Tensor, name: str) -> None:
     """Raise a WeightError unless ``x`` is a tensor of floats with at least one row and one column."""
     if not x.is_floating_point():
         raise WeightError(f"{name} has dtype {x.dtype}; only floating point weights can be quantized")

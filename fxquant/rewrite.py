@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxquant import spool
 from fxquant.graph import NodeInfo, info, set_info
+from fxquant.lazy import Lazy
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,16 @@ def attach(gm: nn.Module, name: str, value: Tensor) -> None:
     owner.register_buffer(leaf, value)
 
 
+def write(gm: nn.Module, name: str, value: Tensor) -> None:
+    """Give the tensor ``name`` of the module other values of the same type, in place where it is in memory."""
+    held = fetch(gm, name)
+    if isinstance(held, Lazy):
+        detach(gm, name)
+        attach(gm, name, spool.keep(value))
+    else:
+        held.copy_(value)
+
+
 def free_name(gm: nn.Module, name: str) -> str:
     """``name``, or the first of ``name_1``, ``name_2``, ... that the module does not have: a model may have any."""
     taken, free, count = tensors(gm), name, 0
@@ -261,8 +273,8 @@ def tensors(gm: nn.Module) -> dict[str, Tensor]:
 
 def identity(value: Tensor) -> tuple[object, ...]:
     """A key that two tensors share exactly when they are the same memory seen the same way (a tie)."""
-    storage = value.untyped_storage()
-    return (storage.data_ptr(), value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, value.device)
+    memory: object = value.source if isinstance(value, Lazy) else value.untyped_storage().data_ptr()
+    return (memory, value.storage_offset(), tuple(value.shape), value.stride(), value.dtype, value.device)
 
 
 aten: Any = torch.ops.aten

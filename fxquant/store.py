@@ -1,35 +1,40 @@
 """Saved models: a folder with ``graph.json`` (``document``) and ``model.safetensors``. Data, never code.
 
+Beside them ``manifest.json`` says what the model was made from (``origin``), with the checksums of both, and
+``timings.json`` what a job took: all that differs when it is run again. Both may be removed.
+
 A folder is complete or not there: it is written beside its place and renamed into it. Reading one can fail in one way
 only, with a LoadError; nothing in it is executed, and no link is followed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import stat
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fxquant import files
-from fxquant.document import check_header, decode, encode
-from fxquant.encoding import Json, MalformedError
+from fxquant import files, outputs
+from fxquant.document import check_header, decode, encode, encode_tensors, kept_tensors
+from fxquant.encoding import Json, MalformedError, decode_timings, encode_timings, fields, text
 from fxquant.errors import LoadError, SaveError
+from fxquant.graph import TensorType
 from fxquant.program import Program
+from fxquant.tasks import ALIGNMENT
+from fxquant.weight_file import WeightFile
 
-GRAPH, WEIGHTS, TOKENIZER, KERNELS = "graph.json", "model.safetensors", "tokenizer", "kernels"
+GRAPH, WEIGHTS, TIMINGS, MANIFEST = "graph.json", "model.safetensors", "timings.json", "manifest.json"
+TOKENIZER, KERNELS = "tokenizer", "kernels"
 KERNEL_MARK = "# Written by fxquant kernels"
 """How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
-_ALIGNMENT = 64  # bytes: what torch gives its own tensors
 _MAX_JSON = files.MAX_JSON  # a graph of 2000 nodes with its trace takes about 2 MiB
+_MANIFEST_FORMAT = 1
 
 
 def save(
@@ -39,10 +44,12 @@ def save(
     config: Mapping[str, Any],
     tokenizer: Any | None = None,
     overwrite: bool = False,
+    origin: Mapping[str, Json] | None = None,
 ) -> None:
     """Write ``program`` and its plain-data ``config`` to the new folder ``directory``.
 
-    A ``tokenizer`` (whatever has ``save_pretrained``) goes into its folder ``tokenizer``, for evaluation.
+    A ``tokenizer`` (whatever has ``save_pretrained``) goes into its folder ``tokenizer``, for evaluation. ``origin`` is
+    what the manifest says the model was made from.
 
     With ``overwrite`` a saved model that is there already is replaced; any other folder never is. Raises SaveError,
     and leaves what was there as it was, for a program that a saved model cannot hold (naming the node), a folder that
@@ -55,20 +62,59 @@ def save(
         decode(document, tensors)  # what load would refuse is not written
     except MalformedError as error:
         raise SaveError(f"this program cannot be saved: {error}. Keep it in memory, or change that") from None
+    content = _content(document)
+    try:
+        with outputs.replacing_folder(target, overwrite=overwrite) as folder:
+            _write_weights(folder / WEIGHTS, tensors)
+            _write_beside(folder, content, program, tokenizer, origin)
+    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+        raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
+
+
+def finish(
+    program: Program, folder: Path, *, config: Mapping[str, Any], tokenizer: Any | None = None,
+    origin: Mapping[str, Json] | None = None,
+) -> None:  # fmt: skip
+    """Write what belongs beside the weights of ``program``, which are in ``folder`` already. Raises SaveError."""
+    try:
+        document, _ = encode(program, config)
+        content = _content(document)
+        decode(json.loads(content), read_tensors(folder / WEIGHTS))
+    except MalformedError as error:
+        raise SaveError(f"this program cannot be saved: {error}") from None
+    _write_beside(folder, content, program, tokenizer, origin)
+
+
+def stored_tensors(program: Program) -> dict[str, Tensor]:
+    """The tensors that ``save`` writes for a program, as they lie in the file, a tied one once."""
+    return encode_tensors(kept_tensors(program.gm))[1]
+
+
+def types_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorType]:
+    return {name: TensorType(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+
+
+def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    with WeightFile(path, types_of(tensors)) as file:
+        for name, value in tensors.items():
+            file.write(name, value)
+
+
+def _write_beside(
+    folder: Path, content: bytes, program: Program, tokenizer: Any | None, origin: Mapping[str, Json] | None
+) -> None:
+    (folder / GRAPH).write_bytes(content)
+    (folder / TIMINGS).write_bytes(json.dumps(encode_timings(program.trace)).encode())
+    write_manifest(folder, origin)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder / TOKENIZER))
+
+
+def _content(document: Json) -> bytes:
     content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
     if len(content) > _MAX_JSON:
         raise SaveError(f"this program cannot be saved: its graph takes {len(content)} bytes, above {_MAX_JSON}")
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.mkdir()
-        _write(temporary, content, tensors)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(temporary / TOKENIZER))
-        _move(temporary, target)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return content
 
 
 def check_place(target: Path, overwrite: bool) -> None:
@@ -83,7 +129,7 @@ def check_place(target: Path, overwrite: bool) -> None:
         raise SaveError(f"{target} exists already; choose another folder, or pass overwrite (--overwrite)")
     if target.is_symlink() or not target.is_dir():
         raise SaveError(f"{target} is not a folder, so it is not overwritten; remove it or choose another place")
-    others = sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TOKENIZER, KERNELS})
+    others = sorted(set(os.listdir(target)) - {GRAPH, WEIGHTS, TIMINGS, MANIFEST, TOKENIZER, KERNELS})
     if others := others + [f"{KERNELS}/{name}" for name in not_kernels(target / KERNELS)]:
         raise SaveError(
             f"{target} holds {others[0]!r}, which is not part of a saved model, so it is not overwritten; "
@@ -105,42 +151,62 @@ def _is_kernels(path: Path) -> bool:
         return stream.read(len(KERNEL_MARK)) == KERNEL_MARK.encode()
 
 
-def _write(folder: Path, content: bytes, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, folder / WEIGHTS)
-    (folder / GRAPH).write_bytes(content)
-    for path in (folder / WEIGHTS, folder / GRAPH, folder):
-        _sync(path)
+# --- the manifest -----------------------------------------------------------------------------------------------------
+def write_manifest(folder: Path, origin: Mapping[str, Json] | None) -> None:
+    """Write ``manifest.json`` beside the two files of a saved model: their checksums, and what it was made from."""
+    sums = {name: sha256(folder / name) for name in (GRAPH, WEIGHTS)}
+    document = {"fxquant manifest": _MANIFEST_FORMAT, "origin": origin, "sha256": sums}
+    (folder / MANIFEST).write_text(json.dumps(document, allow_nan=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _move(temporary: Path, target: Path) -> None:
-    """Rename ``temporary`` to ``target``; a model that is there is put aside first, and back if the rename fails."""
-    aside = temporary.with_name(f"{temporary.name}.old")
-    if target.exists():
-        target.rename(aside)
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Json] | None:
+    """``manifest.json`` of a saved model, None where there is none. Raises MalformedError."""
+    file = folder / MANIFEST
+    if not os.path.lexists(file):
+        return None
+    if not stat.S_ISREG(file.lstat().st_mode):
+        raise MalformedError(f"{MANIFEST} is not a regular file")
+    found = fields(read_json(file), MANIFEST, ["fxquant manifest", "origin", "sha256"])
+    if (version := found["fxquant manifest"]) != _MANIFEST_FORMAT:
+        raise MalformedError(f"{MANIFEST} has version {str(version)[:20]}; expected {_MANIFEST_FORMAT}")
+    if found["origin"] is not None and not isinstance(found["origin"], dict):
+        raise MalformedError(f"the origin in {MANIFEST} is not an object")
+    for name, digest in fields(found["sha256"], f"sha256 of {MANIFEST}", [GRAPH, WEIGHTS]).items():
+        text(digest, f"the checksum of {name}", 64)
+    return found
+
+
+def check_sums(folder: Path, names: Sequence[str] = (GRAPH, WEIGHTS)) -> dict[str, Json] | None:
+    """The manifest, after checking that these files are those that it was written for. Raises MalformedError."""
+    manifest = read_manifest(folder)
+    for name in names if manifest is not None else ():
+        if sha256(folder / name) != manifest["sha256"][name]:  # type: ignore[index]
+            raise MalformedError(f"{name} is not the file that was saved: its sha256 is not the one in {MANIFEST}")
+    return manifest
+
+
+def verify(directory: str | Path) -> bool:
+    """Read the whole of a saved model and compare it with its manifest; False where there is none. Raises LoadError."""
+    folder = Path(directory)
+    check_files(folder)
     try:
-        temporary.rename(target)
-    except BaseException:
-        if aside.exists():
-            aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    _sync(target.parent)
+        return check_sums(folder) is not None
+    except (MalformedError, OSError) as error:
+        raise LoadError(f"{folder}: {error}; save it again, or fetch it again") from None
 
 
-def _sync(path: Path) -> None:
-    """Have the file system write ``path`` to the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
+# --- reading ----------------------------------------------------------------------------------------------------------
 def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
     """The program saved in ``directory``, and its config. Its tensors are mapped from the file, on the CPU.
 
     A loaded program returns plain dicts, lists and tuples (its ``out_spec`` is None). Raises LoadError for anything
-    that is not what ``save`` writes, naming the file and what is wrong.
+    that is not what ``save`` writes, naming the file and what is wrong. Of ``manifest.json``, where there is one, the
+    checksum of the graph is checked; ``verify`` checks that of the weights too.
     """
     folder = Path(directory)
     file = folder / GRAPH
@@ -150,7 +216,12 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
         file = folder / WEIGHTS
         stored = read_tensors(file)
         file = folder
-        return decode(document, stored)
+        program, config = decode(document, stored)
+        check_sums(folder, [GRAPH])
+        file = folder / TIMINGS
+        if os.path.lexists(file):
+            program.trace = decode_timings(read_json(file), program.trace)
+        return program, config
     except MalformedError as error:
         raise LoadError(f"{file}: {error}; {error.hint}") from None
     except Exception as error:  # a file made to break its reader gets the same answer as any other bad file
@@ -158,8 +229,9 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
 
 
 def check_files(folder: Path) -> None:
-    """Raise LoadError unless ``folder`` holds the two files of a saved model, as files of its own."""
-    for file in (folder, folder / GRAPH, folder / WEIGHTS):
+    """Raise LoadError unless ``folder`` holds the files of a saved model, as files of its own."""
+    timings = [folder / TIMINGS] if os.path.lexists(folder / TIMINGS) else []
+    for file in (folder, folder / GRAPH, folder / WEIGHTS, *timings):
         try:
             mode = file.stat().st_mode if file == folder else file.lstat().st_mode
         except (OSError, ValueError) as error:
@@ -206,6 +278,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     for key, value in found.items():
         if value.data_ptr() % value.element_size():
             raise MalformedError(f"tensor {key[:100]!r} does not lie at a multiple of its element size")
-        if value.is_floating_point() and value.data_ptr() % _ALIGNMENT:
+        if value.is_floating_point() and value.data_ptr() % ALIGNMENT:
             found[key] = value.clone()  # matrix products differ in the last bit with the alignment of their operands
     return found

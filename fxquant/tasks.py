@@ -8,19 +8,28 @@ them in other processes and on other machines.
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from fxquant.lazy import real
+
+ALIGNMENT = 64
+"""Bytes to a multiple of which torch allocates; products of tensors elsewhere may differ in their last bits."""
 
 
 @dataclass(frozen=True)
 class Task:
     """``function(*args)``, a module's function of values that pickle (tensors, plain values, frozen dataclasses).
 
-    ``name`` is unique in a job and the same whenever the job is run: ``gptq/model.layers.0.self_attn.q_proj``.
+    ``name`` is unique in a job and the same whenever the job is run: ``gptq/model.layers.0.self_attn.q_proj``. The
+    function writes to none of its arguments, and nobody else does before its result is there.
     """
 
     name: str
@@ -69,9 +78,9 @@ IN_PROCESS = InProcess()
 
 
 def perform(task: Task) -> Any:
-    """What ``task`` returns, computed with one thread and without gradients."""
+    """What ``task`` returns, computed with one thread and without gradients, of tensors as torch lays them."""
     with single_threaded(), torch.no_grad():
-        return task.function(*task.args)
+        return task.function(*mapped(task.args, Tensor, plain))
 
 
 @contextmanager
@@ -83,3 +92,89 @@ def single_threaded() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def plain(x: Tensor) -> Tensor:
+    """``x`` without its history, contiguous and aligned; a copy only where it is not."""
+    x = real(x).detach().contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
+def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change(part)`` for every part that is a ``kind``, in tuples, lists, dicts and dataclasses.
+
+    What holds no such part is the same object as before.
+    """
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        parts = [mapped(part, kind, change) for part in value]
+        return value if all(a is b for a, b in zip(parts, value, strict=True)) else type(value)(parts)
+    if isinstance(value, dict):
+        found = {key: mapped(part, kind, change) for key, part in value.items()}
+        return value if all(found[key] is part for key, part in value.items()) else found
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+        new = mapped(own, kind, change)
+        return value if new is own else dataclasses.replace(value, **new)
+    return value
+
+
+# --- what passes do with tasks ----------------------------------------------------------------------------------------
+AHEAD = 4
+"""Results that wait for an earlier one, for each worker; more and no task is handed over."""
+
+
+@dataclass
+class Queue:
+    """Tasks handed over one after the other, whose results are used in that order, as soon as they may.
+
+    ``progress(what, done, total)`` is called with the results that were used; ``total`` of them are expected.
+    """
+
+    executor: Executor
+    progress: Callable[[str, int, int], None]
+    what: str
+    total: int
+    done: int = 0
+    _waiting: deque[tuple[Pending, Callable[[Any], None]]] = field(default_factory=deque)
+
+    def submit(self, task: Task, use: Callable[[Any], None]) -> None:
+        """Hand ``task`` over; ``use(result)`` is called now or in a later call."""
+        if not self.done:
+            self.progress(self.what, 0, self.total)
+        self._waiting.append((self.executor.submit(task), use))
+        while self._waiting and (
+            isinstance(self._waiting[0][0], Done) or len(self._waiting) >= AHEAD * self.executor.workers
+        ):
+            self._use()
+
+    def skip(self) -> None:
+        """One of the tasks that were expected does not come."""
+        self.total -= 1
+
+    def finish(self) -> None:
+        """Use all results that are left."""
+        while self._waiting:
+            self._use()
+
+    def _use(self) -> None:
+        pending, use = self._waiting.popleft()
+        use(pending.result())
+        self.done += 1
+        self.progress(self.what, self.done, self.total)
+
+
+@dataclass(frozen=True)
+class Prefixed:
+    """``executor`` under other names: ``prefix`` in front of each task's."""
+
+    executor: Executor
+    prefix: str
+
+    @property
+    def workers(self) -> int:
+        return self.executor.workers
+
+    def submit(self, task: Task) -> Pending:
+        return self.executor.submit(dataclasses.replace(task, name=self.prefix + task.name))

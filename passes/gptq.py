@@ -15,29 +15,37 @@ from torch import fx
 from fxquant.calibrate import Statistics, Weights, error_change, shared_input, solvable_layers, walk
 from fxquant.errors import CalibrationError
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import float_weight, quant_of, quantized_of, replace_weight
+from fxquant.qdq import float_weight, quant_of, quantized_of, replace_weight, task_name
 from fxquant.qtensor import to_matrix
 from fxquant.rewrite import Log
-from fxquant.scales import Scales
-from fxquant.solvers.damping import Inputs, solve_damped
-from fxquant.solvers.gptq import Solution, Weight, codes_together, solve_together
+from fxquant.solvers.damping import Inputs, solve_for_all
+from fxquant.solvers.gptq import Solution, Weight
+from fxquant.tasks import IN_PROCESS, Queue, Task
 
 RULE = "gptq"
 
 
 def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
-    """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``progress``, ``sequential``,
-    ``float_targets``, ``damp_percent`` (a number or auto), and options of ``solvers.gptq.solve_together``:
-    ``act_order``, ``block_size``, ``clip``.
+    """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``progress``, ``executor``,
+    ``sequential``, ``float_targets``, ``damp_percent`` (a number or auto), and options of
+    ``solvers.gptq.solve_together``: ``act_order``, ``block_size``, ``clip``.
+
+    Layers with the same input are a task. With sequential inputs each needs what was found for those before it.
     """
     gm, log = program.gm, Log()
     options = {k: settings[k] for k in ("act_order", "block_size", "clip") if k in settings}
-    damp, known = settings.get("damp_percent", "auto"), options.get("act_order", True)
+    damp, sequential = settings.get("damp_percent", "auto"), settings.get("sequential", True)
     weight_of, declined = solvable_layers(gm)
     for layer, reason in declined:
         log.declined(RULE, layer, f"{reason}; it stays round-to-nearest")
     short: list[tuple[int, int]] = []
     done: set[fx.Node] = set()
+    queue = Queue(
+        settings.get("executor", IN_PROCESS),
+        settings.get("progress", quiet),
+        RULE,
+        len(set(map(shared_input, weight_of))),
+    )
 
     def reached(layer: fx.Node, seen: Statistics) -> None:
         """Solve the layer together with those after it that have the same input."""
@@ -50,25 +58,23 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
             for each in same:
                 short.append((seen.rows, cols))
                 log.declined(RULE, each, f"too little data: {seen.rows} rows of input for a weight of {cols} columns")
+            queue.skip()
             return
-        inputs = Inputs(seen.hessian, seen.drift, seen.held_out_hessian, seen.held_out_drift)
-        found, aimed = _solved([_weight(gm, weight_of[each]) for each in same], inputs, damp, options)
-        good = [each for each, solution in zip(same, found, strict=True) if not solution.fell_back]
-        final = {each: solution.quantized for each, solution in zip(same, found, strict=True)}
-        if good and seen.held_out:  # judged, so that what was held out can be used as well
-            H, drift = seen.whole()
-            kept = [_weight(gm, weight_of[each], final[each].scales if known else None) for each in good]
-            again, _, _ = codes_together(
-                kept, H, drift=drift, drift_damping=aimed, damp_percent=found[0].damping, **options
-            )
-            final.update(zip(good, again, strict=True))
-        for each, solution in zip(same, found, strict=True):
-            _accept(gm, each, weight_of[each], replace(solution, quantized=final[each]), log)
+        args = [_weight(gm, weight_of[each]) for each in same], Inputs(*seen.figures), damp, options
+        task = Task(task_name(RULE, weight_of[layer]), solve_for_all, args)
 
-    weights: Weights = "quantized" if settings.get("sequential", True) else "float"
-    progress, batches = settings.get("progress", quiet), settings["calibration"]
-    drift = weights == "quantized" and settings.get("float_targets", False)
-    usage = walk(gm, batches, list(weight_of), reached, weights=weights, drift=drift, progress=progress, what=RULE)
+        def write(found: list[Solution]) -> None:
+            for each, solution in zip(same, found, strict=True):
+                _accept(gm, each, weight_of[each], solution, log)
+
+        queue.submit(task, write)
+        if sequential:
+            queue.finish()
+
+    weights: Weights = "quantized" if sequential else "float"
+    batches, drift = settings["calibration"], sequential and settings.get("float_targets", False)
+    usage = walk(gm, batches, list(weight_of), reached, weights=weights, drift=drift)
+    queue.finish()
     if short and len(short) == len(weight_of):
         raise CalibrationError(
             f"too little calibration data: {short[0][0]} rows in {len(batches)} batches reach the first layer; gptq "
@@ -79,22 +85,10 @@ def gptq(program: Program, settings: Mapping[str, Any]) -> Log:
     return log
 
 
-def _solved(
-    weights: list[Weight], inputs: Inputs, damp: float | str, options: dict[str, Any]
-) -> tuple[list[Solution], float]:
-    """The codes, and the damping of what was aimed at."""
-    if isinstance(damp, str):
-        return solve_damped(weights, inputs, **options)
-    return solve_together(
-        weights, inputs.H, drift=inputs.drift, held_out=inputs.held_out, damp_percent=damp, **options
-    ), damp  # fmt: skip
-
-
-def _weight(gm: fx.GraphModule, node: fx.Node, scales: Scales | None = None) -> Weight:
-    """The layer's weight, with ``scales`` if they are known; they are where its clipping was searched for."""
+def _weight(gm: fx.GraphModule, node: fx.Node) -> Weight:
+    """The layer's weight; where its clipping was searched for, with the scales that were found."""
     quant = quant_of(node)
-    if quant.method == "search_formats":
-        scales = quantized_of(gm, node).scales
+    scales = quantized_of(gm, node).scales if quant.method == "search_formats" else None
     return Weight(to_matrix(float_weight(gm, node), quant.spec), quant.spec, quant.weight, scales)
 
 

@@ -9,7 +9,7 @@ layer: what later layers are given has the compensation of those before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,14 +21,15 @@ from fxquant.errors import CalibrationError
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, info, set_info, tensor_type
 from fxquant.ops import operators as ops
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import PARTS, float_weight, quant_of, quantized_matrix, quantized_of, replace_weight
+from fxquant.qdq import PARTS, float_weight, quant_of, quantized_matrix, quantized_of, replace_weight, task_name
 from fxquant.qtensor import quantize_tensor, to_matrix
 from fxquant.rewrite import Log, Rewrite, aten, attach, detach, fetch, free_name, get_attr, move_name, remove_unused
 from fxquant.scheme import QuantSpec, parse_spec
-from fxquant.solvers.alternate import Alternation, Pair
-from fxquant.solvers.damping import Inputs, target_damping
+from fxquant.solvers.alternate import Alternation, Pair, alternated
+from fxquant.solvers.damping import Inputs
 from fxquant.solvers.gptq import Weight
-from fxquant.solvers.lorc import Solution, solve
+from fxquant.solvers.lorc import Solution, solve_for
+from fxquant.tasks import IN_PROCESS, Queue, Task
 
 RULE = "lorc"
 
@@ -46,20 +47,27 @@ class _Branch:
 
 def lorc(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``rank``, ``factors`` (a spec), ``weighting``, ``rounds``, ``damp_percent``, ``sequential``,
-    ``float_targets``, ``calibration`` (batches; unused without weighting, rounds and float targets), ``progress``.
+    ``float_targets``, ``calibration`` (batches; unused without weighting, rounds and float targets), ``progress``,
+    ``executor``. A task is a layer, with rounds all layers with the same input.
     """
     gm, log = program.gm, Log()
     rank, spec, rounds = settings["rank"], parse_spec(settings["factors"]), settings.get("rounds", 0)
     weight_of, takes = _layers(gm, rank, log)
     branches = {layer: _insert(gm, layer, weight_of[layer], rank, spec) for layer in takes}
-    run = _Run(gm, settings, spec, weight_of, branches, log)
+    total = len(set(map(shared_input, weight_of)) if rounds else branches)
+    queue = Queue(settings.get("executor", IN_PROCESS), settings.get("progress", quiet), RULE, total)
+    run = _Run(gm, settings, spec, weight_of, branches, queue, log)
+    usage = None
     if rounds:
-        log.rewrites.insert(0, _walk(gm, settings, list(weight_of), run.alternate))
+        usage = _walk(gm, settings, list(weight_of), run.alternate)
     elif settings["weighting"] == "none" and not settings["float_targets"]:
         for layer in branches:
             run.compensate(layer, None)
     else:
-        log.rewrites.insert(0, _walk(gm, settings, list(branches), run.compensate))
+        usage = _walk(gm, settings, list(branches), run.compensate)
+    queue.finish()
+    if usage is not None:
+        log.rewrites.insert(0, usage)
     for branch in run.dropped:
         _remove(gm, branch)
     remove_unused(gm.graph)
@@ -80,6 +88,7 @@ class _Run:
     spec: QuantSpec
     weight_of: Mapping[fx.Node, fx.Node]
     branches: Mapping[fx.Node, _Branch]
+    queue: Queue
     log: Log
     dropped: list[_Branch] = field(default_factory=list)
     short: list[str] = field(default_factory=list)
@@ -88,27 +97,22 @@ class _Run:
     def compensate(self, layer: fx.Node, seen: Statistics | None) -> None:
         """Factors for the codes that the layer has."""
         branch, settings = self.branches[layer], self.settings
-        value = float_weight(self.gm, branch.weight)
-        given: dict[str, Any] = {}
-        if seen is not None:
-            inputs = Inputs(seen.hessian, seen.drift, seen.held_out_hessian, seen.held_out_drift)
-            given = {"moments": inputs.H, "drift": inputs.drift, "held_out": inputs.held_out}
-            if settings["damp_percent"] == "auto":
-                given["drift_damping"] = target_damping([value], inputs)
-            else:
-                given["damp_percent"] = settings["damp_percent"]
         if seen is not None and settings["weighting"] == "hessian" and self._too_little(layer, seen):
+            self.queue.skip()
             return
-        found = solve(
-            value, _restored(self.gm, branch.weight), self.spec, rank=settings["rank"],
-            weighting=settings["weighting"], **given,
-        )  # fmt: skip
-        change = _change(found, seen is not None)
+        value, codes = float_weight(self.gm, branch.weight), quantized_of(self.gm, branch.weight)
+        inputs = None if seen is None else Inputs(*seen.figures)
+        args = value, codes, self.spec, settings["rank"], settings["weighting"], settings["damp_percent"], inputs
+        task = Task(task_name(RULE, branch.weight), solve_for, args)
+        self._submit(task, lambda found: self._fill(layer, found, seen is not None), alone=seen is None)
+
+    def _fill(self, layer: fx.Node, found: Solution, on_outputs: bool) -> None:
+        branch, change = self.branches[layer], _change(found, on_outputs)
         if found.useless:
             self._drop(layer, f"factors would not bring it closer: {change}")
             return
         _fill(self.gm, branch, found)
-        self.log.rewrote(RULE, branch.add, f"rank {settings['rank']}, {self.spec}, {change}")
+        self.log.rewrote(RULE, branch.add, f"rank {self.settings['rank']}, {self.spec}, {change}")
 
     def alternate(self, layer: fx.Node, seen: Statistics) -> None:
         """Codes and factors of the layer and of those after it that have the same input."""
@@ -118,21 +122,31 @@ class _Run:
         self.done.update(same)
         short = [self._too_little(each, seen) for each in same]
         if any(short):
+            self.queue.skip()
             return
         gm, nodes, settings = self.gm, [self.weight_of[each] for each in same], self.settings
         problem = Alternation(
             [_weight(gm, node) for node in nodes],
-            [quantized_matrix(gm, node).dequantize() for node in nodes],
+            [quantized_matrix(gm, node) for node in nodes],
             [settings["rank"] if each in self.branches else 0 for each in same],
             self.spec,
             settings["rounds"],
             settings["weighting"],
             settings["damp_percent"],
         )
-        inputs = Inputs(seen.hessian, seen.drift, seen.held_out_hessian, seen.held_out_drift)
-        found = problem.solve(inputs, Inputs(*seen.whole()) if seen.held_out else None)
-        for each, pair in zip(same, found, strict=True):
-            self._accept(each, pair)
+        task = Task(task_name(RULE, nodes[0]), alternated, (problem, Inputs(*seen.figures)))
+
+        def write(found: list[Pair]) -> None:
+            for each, pair in zip(same, found, strict=True):
+                self._accept(each, pair)
+
+        self._submit(task, write)
+
+    def _submit(self, task: Task, write: Callable[[Any], None], *, alone: bool = False) -> None:
+        """``alone``: no later layer is given what is found for this one."""
+        self.queue.submit(task, write)
+        if self.settings["sequential"] and not alone:
+            self.queue.finish()
 
     def _accept(self, layer: fx.Node, pair: Pair) -> None:
         node = self.weight_of[layer]
@@ -171,9 +185,8 @@ class _Run:
 def _walk(gm: fx.GraphModule, settings: Mapping[str, Any], layers: list[fx.Node], reached: Any) -> Rewrite:
     weights: Weights = "quantized" if settings["sequential"] else "float"
     drift = weights == "quantized" and settings["float_targets"]
-    progress, batches = settings.get("progress", quiet), settings["calibration"]
-    usage = walk(gm, batches, layers, reached, weights=weights, drift=drift, progress=progress, what=RULE)
-    return usage.rewrite(len(batches))
+    batches = settings["calibration"]
+    return walk(gm, batches, layers, reached, weights=weights, drift=drift).rewrite(len(batches))
 
 
 def _layers(gm: fx.GraphModule, rank: int, log: Log) -> tuple[dict[fx.Node, fx.Node], list[fx.Node]]:
@@ -260,12 +273,6 @@ def _remove(gm: fx.GraphModule, branch: _Branch) -> None:
         for part in factor.all_input_nodes:
             detach(gm, str(part.target))
         detach(gm, quant_of(factor).weight)
-
-
-def _restored(gm: fx.GraphModule, weight: fx.Node) -> Tensor:
-    """The weight as its codes have it."""
-    args, kwargs = fx.node.map_arg((weight.args, weight.kwargs), lambda n: fetch(gm, str(n.target)))
-    return weight.target(*args, **kwargs)  # type: ignore[operator, no-any-return]
 
 
 def _change(found: Solution, on_outputs: bool) -> str:

@@ -7,17 +7,19 @@ rule gives ``lut(-1,1)``; a' is the mean magnitude of what is left in a block, t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
 
-from fxquant.calibrate import Statistics, walk, why_not
+from fxquant.calibrate import walk, why_not
 from fxquant.program import Pass, Program, quiet
-from fxquant.qdq import add_outliers, float_weight, quant_of, quantized_of, quantized_weights, replace_weight
-from fxquant.qtensor import quantize_tensor
+from fxquant.qdq import add_outliers, float_weight, quant_of, quantized_of, quantized_weights, replace_weight, task_name
+from fxquant.qtensor import QuantizedTensor, quantize_tensor
 from fxquant.rewrite import Log
 from fxquant.scheme import QuantSpec
 from fxquant.solvers.outliers import binarize, largest, saliency
+from fxquant.tasks import IN_PROCESS, Queue, Task
 
 RULE = "pb_llm"
 SALIENT = "int8/group128:fp16"
@@ -25,43 +27,53 @@ SALIENT = "int8/group128:fp16"
 
 
 def pb_llm(program: Program, settings: Mapping[str, Any]) -> Log:
-    """``settings``: ``fraction``, ``criterion`` (magnitude, hessian), ``calibration`` for the latter, ``progress``."""
+    """``settings``: ``fraction``, ``criterion`` (magnitude, hessian), ``calibration`` for the latter, ``progress``,
+    ``executor``. Each weight is a task.
+    """
     gm, log = program.gm, Log()
-    scores: dict[fx.Node, Tensor] = {}
     found = {node: next(iter(node.users)) for node in quantized_weights(gm)}
+    by_inputs = settings.get("criterion") == "hessian"
     for node, layer in list(found.items()):
         reason = _not_binary(quant_of(node).spec)
-        if settings.get("criterion") == "hessian" and reason is None:
+        if by_inputs and reason is None:
             reason = why_not(layer) or ("its weight is shared by several layers" if len(node.users) > 1 else None)
         if reason is not None:
             log.declined(RULE, layer, reason)
             del found[node]
-        elif settings.get("criterion") != "hessian":
-            scores[node] = float_weight(gm, node).abs()
-    if len(scores) < len(found):
-        _from_hessians(gm, found, scores, settings)
-    for node, layer in found.items():
+    parts: dict[fx.Node, Parts] = {}
+    queue = Queue(settings.get("executor", IN_PROCESS), settings.get("progress", quiet), RULE, len(found))
+
+    def submit(node: fx.Node, H: Tensor | None) -> None:
         value, old = float_weight(gm, node), quantized_of(gm, node)
-        matrix, index = value.reshape(old.codes.shape), largest(scores[node], settings.get("fraction", 0.1))
-        replace_weight(gm, node, binarize(matrix, index, old.spec, old.shape), RULE)
-        if len(index):
-            add_outliers(gm, node, index, quantize_tensor(value.reshape(-1)[index][None], SALIENT))
-        log.rewrote(RULE, layer, f"{len(index)} of {value.numel()} weights in {SALIENT}, the others in one bit")
+        args = value.reshape(old.codes.shape), H, settings.get("fraction", 0.1), old.spec, old.shape
+        queue.submit(Task(task_name(RULE, node), split, args), partial(parts.__setitem__, node))
+
+    if by_inputs:
+        weight_of = {layer: node for node, layer in found.items()}
+        walk(gm, settings["calibration"], list(weight_of), lambda layer, seen: submit(weight_of[layer], seen.hessian),
+             weights="float")  # fmt: skip
+    else:
+        for node in found:
+            submit(node, None)
+    queue.finish()
+    for node, layer in found.items():
+        rest, index, salient = parts[node]
+        replace_weight(gm, node, rest, RULE)
+        if salient is not None:
+            add_outliers(gm, node, index, salient)
+        log.rewrote(RULE, layer, f"{len(index)} of {rest.codes.numel()} weights in {SALIENT}, the others in one bit")
     return log
 
 
-def _from_hessians(
-    gm: fx.GraphModule, found: Mapping[fx.Node, fx.Node], scores: dict[fx.Node, Tensor], settings: Mapping[str, Any]
-) -> None:
-    """``scores`` by the Hessian criterion, of inputs from the float model."""
-    weight_of = {layer: node for node, layer in found.items()}
+Parts = tuple[QuantizedTensor, Tensor, QuantizedTensor | None]
+"""The weights in one bit, where the salient ones are (int64 ``[n]``), and these; None where there are none."""
 
-    def reached(layer: fx.Node, seen: Statistics) -> None:
-        node = weight_of[layer]
-        scores[node] = saliency(float_weight(gm, node).reshape(quantized_of(gm, node).codes.shape), seen.hessian)
 
-    progress = settings.get("progress", quiet)
-    walk(gm, settings["calibration"], list(weight_of), reached, weights="float", progress=progress, what=RULE)
+def split(matrix: Tensor, H: Tensor | None, fraction: float, spec: QuantSpec, shape: tuple[int, ...]) -> Parts:
+    """The salient of the weights ``[rows, cols]``, by ``H [cols, cols]`` or magnitude, and what the rest becomes."""
+    index = largest(matrix.abs() if H is None else saliency(matrix, H), fraction)
+    salient = quantize_tensor(matrix.reshape(-1)[index][None], SALIENT) if len(index) else None
+    return binarize(matrix, index, spec, shape), index, salient
 
 
 def _not_binary(spec: QuantSpec) -> str | None:

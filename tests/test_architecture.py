@@ -14,10 +14,11 @@ ROOT = Path(__file__).parent.parent
 
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
-    "errors", "files", "headers", "onnx_claims", "tasks", "cache", "bulk", "dims", "grids", "shifts", "codebooks",
-    "formats", "scheme", "scales", "bitops", "layouts", "packing", "tilings", "decodings", "qtensor", "graph",
-    "rewrite", "layers", "choice", "signature", "observations", "program", "ops", "draw", "qdq", "producers",
-    "calibrate", "observe", "gradients", "blocks", "verify", "eager", "sizes", "symbolic", "flatten", "capture",
+    "errors", "outputs", "files", "headers", "onnx_claims", "lazy", "spool", "tasks", "cache", "bulk", "dims", "grids",
+    "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts", "packing", "tilings", "decodings",
+    "qtensor", "deferred", "graph", "rewrite", "layers", "choice", "signature", "observations", "program", "ops",
+    "draw", "qdq", "producers", "calibrate", "observe", "gradients", "blocks", "verify", "eager", "sizes", "symbolic",
+    "flatten", "valueless", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),
@@ -32,7 +33,9 @@ MAY_IMPORT = {
     "top": {"core", "pipeline", "codegen", "show", "store", "config", "evaluate"},
 }
 GROUP_OF = {
-    "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config", "store": "store",
+    "journal": "store", "results": "store", "origin": "pipeline", "jobs": "pipeline", "cli_jobs": "top",
+    "downloads": "top", "compiled": "pipeline", "modules": "pipeline", "pipeline": "pipeline", "config": "config",
+    "store": "store",
     "document": "store", "encoding": "store", "targets": "store", "evaluate": "evaluate", "intervals": "evaluate",
     "methods": "config", "recipes": "config", "grammar": "config", "places": "config", "config_schema": "config",
     "examples": "pipeline", "trials": "pipeline", "sensitivity": "pipeline", "allocation": "pipeline",
@@ -41,11 +44,23 @@ GROUP_OF = {
     "weight_table": "pipeline", "hf_quantizer": "pipeline", "checkpoints": "top", "model_card": "top", "lm_eval": "top",
     "kv_cache": "top", "hf": "top", "generate": "top", "cli_generate": "top", "cli": "top", "cli_measure": "top",
     "cli_compare": "top", "cli_kernels": "top", "cli_onnx": "top", "outline": "top", "draft": "top",
-    "cli_config": "top", "cli_options": "top", "demo": "top",
+    "weight_file": "store", "stream": "pipeline", "cli_config": "top", "cli_options": "top", "demo": "top",
+    "engines": "pipeline",
     "cli_export": "top", "export_folder": "top", "export_ggml": "top", "export_check": "top", "dynamo": "top",
     "claims": "top", "gguf_header": "top",
 }  # fmt: skip
-HEAVY = {"onnx", "onnx_ir", "onnxruntime", "triton", "transformers", "gguf", "lm_eval", "compressed_tensors"}
+HEAVY = {
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "triton",
+    "transformers",
+    "gguf",
+    "lm_eval",
+    "compressed_tensors",
+    "ray",
+    "joblib",
+}
 ON_DEMAND = {"hf_quantizer", "lm_eval"}  # they derive from classes of heavy packages; nothing imports them at its top
 
 

@@ -60,7 +60,13 @@ def out(model: Path) -> Path:
 
 
 def test_compile_writes_the_model_and_its_tokenizer(out: Path) -> None:
-    assert sorted(p.name for p in out.iterdir()) == ["graph.json", "model.safetensors", "tokenizer"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "graph.json",
+        "manifest.json",
+        "model.safetensors",
+        "timings.json",
+        "tokenizer",
+    ]
     tokens = torch.tensor([[3, 4, 5]])
     assert fxquant.load(out)(input_ids=tokens)["logits"].shape == (1, 3, 64)
 

@@ -109,7 +109,13 @@ def test_kernels_of_a_model_lie_in_it(model: Path, tmp_path: Path) -> None:
     result = run(out, "--arch", "sm_80")
     assert "no kernel reads nf4" in result.stderr
     assert "e3m2" not in result.stdout
-    assert sorted(p.name for p in out.iterdir()) == ["graph.json", "kernels", "model.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "graph.json",
+        "kernels",
+        "manifest.json",
+        "model.safetensors",
+        "timings.json",
+    ]
     assert [p.name for p in (out / "kernels").iterdir()] == ["e5m2.py"]
     loaded = fxquant.load(out)
     loaded.save(out, overwrite=True)  # a saved model may be replaced with its kernels

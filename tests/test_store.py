@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxquant import store
+from fxquant import outputs, store
 from fxquant.capture import capture
 from fxquant.codegen.lower import LOWER
 from fxquant.encoding import MalformedError, path
@@ -26,6 +28,7 @@ from fxquant.passes.remove_dead import REMOVE_DEAD
 from fxquant.program import Program, Stage, run, text
 from fxquant.rewrite import aten, attach, get_attr, identity, tensors
 from fxquant.scheme import LayerRule, parse_spec
+from fxquant.show.summary import summarize
 from fxquant.store import load, save
 
 CONFIG = {"recipe": "rtn", "rules": [{"match": "*", "weight": "e3m2/channel"}], "ratio": 0.5, "none": None}
@@ -134,7 +137,7 @@ def test_a_loaded_program_is_the_saved_one(make: Any, lowered: bool, tmp_path: P
     assert same(loaded(*inputs), program(*inputs))
     loaded.gm.graph.lint()
     assert sorted(os.listdir(tmp_path)) == ["m"]
-    assert sorted(os.listdir(tmp_path / "m")) == ["graph.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "m")) == ["graph.json", "manifest.json", "model.safetensors", "timings.json"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -187,6 +190,34 @@ def test_a_trace_keeps_lines_that_steps_share_once(saved: Path) -> None:
     assert len(set(trace["lines"])) == len(trace["lines"]) < sum(len(step["text"]) for step in trace["steps"])
 
 
+def test_what_a_job_took_is_apart_and_may_be_missing(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "m")
+    assert "seconds" not in (saved / "graph.json").read_text()
+    timed = load(tmp_path / "m")[0].trace
+    assert all(step.seconds is not None and step.seconds >= 0 for step in timed)
+    (tmp_path / "m" / "timings.json").unlink()
+    untimed = load(tmp_path / "m")[0]
+    assert [replace(step, seconds=None) for step in timed] == untimed.trace
+    assert summarize(untimed).seconds is None
+    assert not re.search(r"[0-9] s\b", str(summarize(untimed)))
+    assert re.search(r"[0-9] s\b", str(summarize(load(saved)[0])))
+
+
+def test_a_model_of_version_1_has_its_times_in_the_graph(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "m")
+    for name in ("timings.json", "manifest.json"):
+        (tmp_path / "m" / name).unlink()
+    found = json.loads((saved / "graph.json").read_text())
+    found["version"] = 1
+    for i, step in enumerate(found["trace"]["steps"]):
+        step["seconds"] = i + 0.5
+    (tmp_path / "m" / "graph.json").write_text(json.dumps(found))
+    program, _ = load(tmp_path / "m")
+    assert [step.seconds for step in program.trace] == [i + 0.5 for i in range(len(program.trace))]
+    save(program, tmp_path / "again", config={})
+    assert load(tmp_path / "again")[0].trace == program.trace
+
+
 def test_special_values_survive(tmp_path: Path) -> None:
     program, _ = net()
     nodes = [n for n in program.gm.graph.nodes if n.target is aten.masked_fill.Scalar]
@@ -225,10 +256,10 @@ def test_a_missing_parent_is_named(tmp_path: Path) -> None:
         save(net()[0], tmp_path / "no" / "m", config={})
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sync", "_move"])
+@pytest.mark.parametrize("failing", [(store, "_write_weights"), (outputs, "sync"), (outputs, "_put_in_place")])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_save_leaves_nothing_and_harms_nothing(
-    failing: str, error: BaseException, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failing: tuple[Any, str], error: BaseException, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
@@ -236,25 +267,35 @@ def test_a_failed_save_leaves_nothing_and_harms_nothing(
     shutil.copytree(saved, tmp_path / "old")
     before = (tmp_path / "old" / "graph.json").read_bytes()
     program, _ = net()
-    monkeypatch.setattr(store, failing, fail)
-    for name in ("new", "old"):
+    monkeypatch.setattr(*failing, fail)
+    for name in ("old",) if failing[1] == "_put_in_place" else ("new", "old"):
         with pytest.raises(SaveError if isinstance(error, OSError) else KeyboardInterrupt):
             save(program, tmp_path / name, config={}, overwrite=True)
     assert os.listdir(tmp_path) == ["old"]
     assert (tmp_path / "old" / "graph.json").read_bytes() == before
 
 
-def test_a_failed_rename_puts_the_old_model_back(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_failed_rename_puts_the_old_model_back(
+    exchanged: bool, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a system that exchanges two folders at once, and with one that needs two renames."""
+    rename = os.rename
+    calls: list[Any] = []
 
-    def fail(self: Path, target: Path) -> Path:
-        if target.name == "m" and not self.name.endswith(".old"):
+    def fail(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 2:
             raise OSError("disk gone")
-        return rename(self, target)
+        rename(source, target)
+
+    def broken(a: Path, b: Path) -> bool:
+        raise OSError("disk gone")
 
     shutil.copytree(saved, tmp_path / "m")
     program, _ = net()
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(outputs, "exchange", broken if exchanged else lambda a, b: False)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(SaveError, match="disk gone"):
         save(program, tmp_path / "m", config={}, overwrite=True)
     assert os.listdir(tmp_path) == ["m"]

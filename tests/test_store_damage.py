@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from test_store import CONFIG, net
 
-from fxquant import document, store
+from fxquant import document
 from fxquant.errors import LoadError, SaveError
 from fxquant.rewrite import tensors
 from fxquant.store import load, save
@@ -199,7 +200,8 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "negative error": (weight("error", -0.5), "is -0.5; expected a finite number, at least 0"),
     "endless error": (weight("error", {"float": "inf"}), "is inf; expected a finite number"),
     "error of nothing": (weight("error", {"float": "nan"}), "is nan; expected a finite number"),
-    "endless time": (at("trace", "steps", 0, "seconds", to={"float": "inf"}), "the time of step.*finite"),
+    "a time": (at("trace", "steps", 0, "seconds", to=0.5), "a step has an unknown key 'seconds'"),
+    "no times of version 1": (at("version", to=1), "a step has no 'seconds'"),
     "trace line": (at("trace", "steps", 0, "text", to=[10**6]), "a line of step"),
     "trace blow-up": (lambda d: d["trace"].update(lines=["x" * 10**6], steps=[
         {**s, "text": [0] * 400} for s in d["trace"]["steps"]]), "more than"),
@@ -315,7 +317,7 @@ def test_values_outside_their_range_are_refused(
     stored[tensor] = stored[tensor].clone()
     stored[tensor][-1, -1] = value
     shutil.copytree(saved, tmp_path / "m")
-    store.save_file(stored, tmp_path / "m" / "model.safetensors")
+    save_file(stored, tmp_path / "m" / "model.safetensors")
     with pytest.raises(LoadError, match=f"weight 'head.weight_packed': .*{message}"):
         load(tmp_path / "m")
 
@@ -347,7 +349,32 @@ def test_a_planted_pickle_is_never_loaded(saved: Path, tmp_path: Path) -> None:
     assert (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("name", ["graph.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("timings", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[]", "a list of 0; expected an object with seconds"),
+        ('{"seconds": [], "more": 1}', "unknown key 'more'"),
+        ('{"seconds": []}', "not those of the passes"),
+        ('{"seconds": [["normalize"], ["insert_qdq"], ["remove_dead"], ["lower"], ["remove_dead"]]}', "not those of"),
+        ('{"seconds": [["a", 0.5], ["b", 0.5], ["c", 0.5], ["d", 0.5], ["e", 0.5]]}', "not those of the passes"),
+        ('{"seconds": [["FIRST", -0.5], ...]}', "is -0.5; expected a finite number"),
+        ('{"seconds": [["FIRST", 1e999], ...]}', "expected a number"),
+        ('{"seconds": [["FIRST", "1"], ...]}', "is '1'; expected a number"),
+    ],
+)
+def test_damaged_times_are_refused(timings: str, message: str, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "m")
+    names = [step["name"] for step in json.loads((saved / "graph.json").read_text())["trace"]["steps"]]
+    rest = ", ".join(f'["{name}", null]' for name in names[1:])
+    (tmp_path / "m" / "timings.json").write_text(timings.replace("...", rest).replace("FIRST", names[0]))
+    with pytest.raises(LoadError, match=f"timings.json: .*{message}"):
+        load(tmp_path / "m")
+    (tmp_path / "m" / "timings.json").write_text(f'{{"seconds": [["{names[0]}", 0.5], {rest}]}}')
+    assert load(tmp_path / "m")[0].trace[0].seconds == 0.5
+
+
+@pytest.mark.parametrize("name", ["graph.json", "model.safetensors", "timings.json"])
 def test_links_out_of_the_folder_are_not_followed(name: str, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "m")
     (tmp_path / "m" / name).rename(tmp_path / name)

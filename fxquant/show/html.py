@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import jinja2
 
+from fxquant import outputs
 from fxquant.errors import SaveError
 from fxquant.program import Program
 from fxquant.show.numerics import Comparison
@@ -65,13 +65,10 @@ def script() -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write ``page`` under a temporary name next to ``path``, then move it there."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write ``page`` to ``path``, whole or not at all. Raises SaveError."""
     try:
-        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
+        outputs.write(path, page.encode("utf-8", errors="backslashreplace"))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SaveError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from error
 
 
@@ -96,7 +93,7 @@ def _context(
         "specs": [(spec, describe_spec(spec)) for spec in specs(summary)],
         "formats": formats(summary),
         "reasons": _reasons(summary),
-        "max_seconds": max((step.seconds for step in summary.steps), default=0.0),
+        "max_seconds": max((step.seconds or 0.0 for step in summary.steps), default=0.0),
         "max_step_error": max((_finite(step.error) for step in summary.steps), default=0.0),
         "share": _share,
         "data": embedded(page_data(program, summary, comparison)),

@@ -77,7 +77,7 @@ class StepSummary:
 
     label: str
     name: str
-    seconds: float
+    seconds: float | None
     rewrites: int
     declines: int
     nodes: int
@@ -119,8 +119,10 @@ class Summary:
         return tuple(layer for layer in self.layers if layer.spec is not None)
 
     @property
-    def seconds(self) -> float:
-        return sum(step.seconds for step in self.steps)
+    def seconds(self) -> float | None:
+        """What the passes took; None where that is not known of each."""
+        known = [step.seconds for step in self.steps if step.seconds is not None]
+        return sum(known) if len(known) == len(self.steps) else None
 
     @property
     def error(self) -> float | None:

@@ -50,7 +50,8 @@ def _step_diff(steps: list[tuple[str, Step]], i: int) -> str:
 
 def headline(step: Step) -> str:
     """``0.41 s, 210 rewrites, 2 declines, error 3.92 %``."""
-    parts = [seconds(step.seconds), plural(len(step.rewrites), "rewrite"), plural(len(step.declines), "decline")]
+    parts = [] if step.seconds is None else [seconds(step.seconds)]
+    parts += [plural(len(step.rewrites), "rewrite"), plural(len(step.declines), "decline")]
     return ", ".join(parts + ([] if step.error is None else [f"error {percent(step.error)}"]))
 
 

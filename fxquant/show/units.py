@@ -25,8 +25,10 @@ def percent(fraction: float) -> str:
     return "0 %" if value == 0 else f"{value:.2f} %" if value >= 0.01 else f"{value:.1e} %"
 
 
-def seconds(value: float) -> str:
-    """``0.41 s``, ``12.3 s``, ``2 min 5 s``."""
+def seconds(value: float | None) -> str:
+    """``0.41 s``, ``12.3 s``, ``2 min 5 s``; ``–`` where it is not known."""
+    if value is None:
+        return "–"
     if value >= 60:
         return f"{int(value) // 60} min {int(value) % 60} s"
     return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"

@@ -50,13 +50,13 @@ class Pair:
 class Alternation:
     """Weights that have their inputs in common.
 
-    ``start``: what each is now, floats ``[rows, cols]``; ``ranks`` of the factors of each, 0 for codes alone;
+    ``start``: what each is now, codes ``[rows, cols]``; ``ranks`` of the factors of each, 0 for codes alone;
     ``factors``: what factors are stored as; ``rounds``: how many; ``clip`` and ``damp_percent`` as for
     ``gptq.solve``, or auto: what is best on held-out inputs.
     """
 
     weights: Sequence[gptq.Weight]
-    start: Sequence[Tensor]
+    start: Sequence[QuantizedTensor]
     ranks: Sequence[int]
     factors: QuantSpec
     rounds: int
@@ -142,7 +142,7 @@ class Alternation:
                 return parts[0], parts[-1]
 
             dtype = target.dtype
-            before, plain = error(self.start[i].to(dtype)), error(alone[i].dequantize(dtype))
+            before, plain = error(self.start[i].dequantize(dtype)), error(alone[i].dequantize(dtype))
             best = Pair(None, None, 0, before, plain, before)
             best = _better(best, replace(best, quantized=alone[i], after=plain))
             for n, (codes, factors) in enumerate((steps[i] for steps in rounds), 1):
@@ -154,6 +154,11 @@ class Alternation:
 
     def _values(self) -> list[Tensor]:
         return [w.value if w.value.dtype == torch.float64 else w.value.float() for w in self.weights]
+
+
+def alternated(problem: Alternation, inputs: Inputs) -> list[Pair]:
+    """``problem.solve``, and again on all inputs where some are held out."""
+    return problem.solve(inputs, None if inputs.held_out is None else inputs.whole())
 
 
 def _better(best: Pair, other: Pair) -> Pair:

@@ -13,14 +13,14 @@ columns there are, the codes and even more the corrected target are worse on oth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fxquant.solvers.gptq import Solution, Weight, codes_together, judged, loss, targets
+from fxquant.solvers.gptq import Solution, Weight, codes_together, judged, loss, solve_together, targets
 
 CODES = (0.03, 0.3)
 """Dampings of H for the codes; the first where nothing is held out."""
@@ -32,13 +32,22 @@ TARGETS = (1.0, 0.1, math.inf)
 class Inputs:
     """What is known of a layer's inputs X ``[n, cols]``: ``H = 2/n X^T X`` and ``drift = 2/n (X_float - X)^T X``.
 
-    ``drift`` is None where the outputs on X are aimed at; ``held_out`` and ``held_drift`` are the same of other inputs.
+    ``drift`` is None where the outputs on X are aimed at; ``held_out`` and ``held_drift`` are the same of other inputs,
+    which are ``share`` of all.
     """
 
     H: Tensor
     drift: Tensor | None = None
     held_out: Tensor | None = None
     held_drift: Tensor | None = None
+    share: float = 0.0
+
+    def whole(self) -> Inputs:
+        """All inputs, those held out too."""
+        if self.held_out is None:
+            return Inputs(self.H, self.drift)
+        drift = None if self.drift is None or self.held_drift is None else self.drift.lerp(self.held_drift, self.share)
+        return Inputs(self.H.lerp(self.held_out, self.share), drift)
 
 
 def target_damping(values: Sequence[Tensor], inputs: Inputs, tries: Sequence[float] = TARGETS) -> float:
@@ -80,6 +89,34 @@ def solve_damped(
     assert best is not None
     found = [judged(w, aim, q, inputs.H, held, best[2]) for w, q, aim in zip(weights, *best[:2], strict=True)]
     return found, aimed
+
+
+def solve_for_all(
+    weights: Sequence[Weight], inputs: Inputs, damp: float | Literal["auto"], options: Mapping[str, Any]
+) -> list[Solution]:
+    """``gptq.solve_together``, or ``solve_damped``; what is good on held-out inputs is solved again on all of them.
+
+    ``options``: ``act_order``, ``block_size`` and ``clip`` of ``gptq.solve_together``. With ``act_order`` scales stay.
+    """
+    if damp == "auto":
+        found, aimed = solve_damped(weights, inputs, **options)
+    else:
+        aimed = damp
+        found = solve_together(
+            weights, inputs.H, drift=inputs.drift, held_out=inputs.held_out, damp_percent=damp, **options
+        )
+    good = [i for i, solution in enumerate(found) if not solution.fell_back]
+    if not good or inputs.held_out is None:
+        return found
+    kept, whole = [weights[i] for i in good], inputs.whole()
+    if options.get("act_order", True):
+        kept = [replace(weights[i], scales=weights[i].scales or found[i].quantized.scales) for i in good]
+    again, _, _ = codes_together(
+        kept, whole.H, drift=whole.drift, drift_damping=aimed, damp_percent=found[0].damping, **options
+    )
+    for i, quantized in zip(good, again, strict=True):
+        found[i] = replace(found[i], quantized=quantized)
+    return found
 
 
 def target_error(W: Tensor, restored: Tensor, H: Tensor, drift: Tensor | None = None) -> float:

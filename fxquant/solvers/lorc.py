@@ -23,6 +23,7 @@ from torch import Tensor
 from fxquant.errors import CalibrationError, ConfigError
 from fxquant.qtensor import QuantizedTensor, quantize_tensor
 from fxquant.scheme import QuantSpec, parse_spec
+from fxquant.solvers.damping import Inputs, target_damping
 from fxquant.solvers.gptq import factor, loss, targets
 
 Weighting = Literal["none", "act_rms", "hessian"]
@@ -130,6 +131,23 @@ def solve(
         whole = _size(wide, H) or 1.0
         errors += [_size(part, H) / whole for part in (E, left)]
     return Solution(found, U_stored, V_stored, errors[0], errors[1], errors[-2], errors[-1])
+
+
+def solve_for(
+    W: Tensor, codes: QuantizedTensor, spec: QuantSpec, rank: int, weighting: Weighting,
+    damp: float | Literal["auto"], inputs: Inputs | None,
+) -> Solution:  # fmt: skip
+    """``solve`` for what ``codes`` leave of W; ``damp``: of ``inputs``, where they are known, or the best."""
+    restored = codes.dequantize(W.dtype)
+    if inputs is None:
+        return solve(W, restored, spec, rank=rank, weighting=weighting)
+    damping: dict[str, float] = {"damp_percent": damp} if damp != "auto" else {}
+    if damp == "auto":
+        damping["drift_damping"] = target_damping([W], inputs)
+    return solve(
+        W, restored, spec, rank=rank, weighting=weighting, moments=inputs.H, drift=inputs.drift,
+        held_out=inputs.held_out, **damping,
+    )  # fmt: skip
 
 
 def _size(M: Tensor, H: Tensor | None) -> float:

@@ -52,7 +52,7 @@ def test_codes_and_factors_are_those_of_the_solver_on_what_each_layer_sees() -> 
 
     def by_hand(W: Tensor, given: list[Tensor]) -> Tensor:
         spec, value = parse_spec(SPEC), W.detach()
-        problem = Alternation([Weight(value, spec)], [quantize_tensor(value, spec).dequantize()], [3],
+        problem = Alternation([Weight(value, spec)], [quantize_tensor(value, spec)], [3],
                               parse_spec("int8/channel"), 2)  # fmt: skip
         (pair,) = problem.solve(Inputs(moments(*given[:7]), held_out=moments(given[7])), Inputs(moments(*given)))
         assert pair.quantized is not None

@@ -28,7 +28,7 @@ H, HELD = moments(), moments()
 
 def problem(*values: Tensor, rounds: int, ranks: tuple[int, ...] = (4,), clip: gptq.Clip = "absmax") -> Alternation:
     weights = [gptq.Weight(value, SPEC) for value in values]
-    start = [quantize_tensor(value, SPEC).dequantize() for value in values]
+    start = [quantize_tensor(value, SPEC) for value in values]
     return Alternation(weights, start, ranks, FACTORS, rounds, "hessian", 0.01, clip)
 
 

@@ -6,7 +6,7 @@ function drawTimeline() {
     h("button", { type: "button", onclick: () => showChanges(Math.max(0, i - 1), i) },
       h("b", {}, step.label),
       h("span", { class: "bar", title: seconds(step.seconds) }, h("span", { style: { width: `${(100 * step.seconds) / longest}%` } })),
-      h("span", { class: "note" }, `${seconds(step.seconds)} · ${plural(step.rewrites, "rewrite")}${step.declines ? ` · ${plural(step.declines, "decline")}` : ""}`),
+      h("span", { class: "note" }, `${step.seconds === null ? "" : `${seconds(step.seconds)} · `}${plural(step.rewrites, "rewrite")}${step.declines ? ` · ${plural(step.declines, "decline")}` : ""}`),
       h("span", { class: "bar warm" }, h("span", { style: { width: `${(100 * (step.error || 0)) / largest}%` } })),
       h("span", { class: "note" }, `error ${percent(step.error)}${step.nbytes === null ? "" : ` · ${size(step.nbytes)}`}`))))));
 }

@@ -31,6 +31,7 @@ function percent(fraction) {
   return value === 0 ? "0 %" : value >= 0.01 ? `${value.toFixed(2)} %` : `${value.toExponential(1)} %`;
 }
 function seconds(value) {
+  if (value === null) return "–";
   if (value >= 60) return `${Math.floor(value / 60)} min ${Math.floor(value % 60)} s`;
   return value < 10 ? `${value.toFixed(2)} s` : `${value.toFixed(1)} s`;
 }

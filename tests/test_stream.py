@@ -1,0 +1,175 @@
+"""Models that are never in memory as a whole become, bit for bit, what they become in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_models import llama
+
+import fxquant
+from fxquant import checkpoints, stream
+from fxquant.config import ConfigLike, load_config
+from fxquant.errors import ConfigError, ModelError, SaveError, WeightError
+from fxquant.lazy import Lazy
+from fxquant.program import quiet
+from fxquant.tasks import IN_PROCESS
+
+WINDOWS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama") / "model"
+    llama(path, num_hidden_layers=2).to(torch.bfloat16).save_pretrained(path, max_shard_size="100KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    return path
+
+
+def both(folder: Path, tmp_path: Path, config: ConfigLike, **more: Any) -> tuple[Path, Path]:
+    """What streaming and what compiling in memory write."""
+    lazy = checkpoints.load_model(folder, lazy=True)
+    stream.compile_to(tmp_path / "streamed", lazy.model, lazy.example_inputs, config, **more)
+    loaded = checkpoints.load_model(folder)
+    fxquant.compile(loaded.model, loaded.example_inputs, config, **more).save(tmp_path / "in_memory")
+    return tmp_path / "streamed", tmp_path / "in_memory"
+
+
+CONFIGS: dict[str, ConfigLike] = {
+    "fp6": "W6A16-E3M2",
+    "mxfp4": {"rules": [{"match": "*", "weight": "e2m1/group32:e8m0"}]},
+    "nvfp4": {"rules": [{"match": "*", "weight": "e2m1/group16:e4m3"}]},
+    "m2": {"rules": [{"match": "*", "weight": "e2m1/group32:m2", "activation": "e4m3/token"}]},
+    "int4": {"rules": [{"match": "*", "weight": "uint4/group32"},
+                       {"match": "model.embed_tokens", "weight": "int8/channel"}]},
+    "gptq": {"rules": [{"match": "*", "weight": "e2m1/group32"}], "passes": ["gptq"]},
+    "search": {"rules": [{"match": "*", "weight": "e2m1/channel", "activation": "e2m1/tensor"}],
+               "passes": [{"search_formats": {"steps": 4, "rounds": 1}}]},
+    "lorc": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"lorc": {"rank": 4}}]},
+    "zq_local": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"zq_local": {"iterations": 2}}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_weights_are_those_of_compiling_in_memory(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.spool.LARGE", 1)  # what is kept between layers goes through files
+    monkeypatch.setattr("fxquant.stream.ELEMENTS", 1000)
+    streamed, in_memory = both(folder, tmp_path, CONFIGS[name], calibration=WINDOWS)
+    assert (streamed / "model.safetensors").read_bytes() == (in_memory / "model.safetensors").read_bytes()
+    a, b = (json.loads((path / "graph.json").read_text()) for path in (streamed, in_memory))
+    for key in ("nodes", "tensors", "signature", "config"):
+        assert a[key] == b[key], key
+    assert [step["name"] for step in a["trace"]["steps"]] == [step["name"] for step in b["trace"]["steps"]]
+    ids = torch.arange(20).reshape(2, 10)
+    got, want = (fxquant.load(path)(ids) for path in (streamed, in_memory))
+    assert torch.equal(got["logits"], want["logits"])
+
+
+def test_no_weight_is_read_before_it_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lazy = checkpoints.load_model(folder, lazy=True)
+    read: list[str] = []
+    monkeypatch.setattr(Lazy, "read", lambda self: read.append(repr(self)))
+    program = stream.capture(lazy.model, lazy.example_inputs)
+    given = {"calibration": [], "progress": quiet, "executor": IN_PROCESS}
+    stream.rewrite(program, load_config("W6A16-E3M2"), given, IN_PROCESS)
+    assert not read
+    assert all(isinstance(p, Lazy) for p in lazy.model.parameters()), "the model is as it was"
+
+
+def test_layers_are_observed_as_in_memory(folder: Path, tmp_path: Path) -> None:
+    streamed, in_memory = both(folder, tmp_path, "W6A16-E3M2")
+    a, b = (fxquant.load(path).program.observations for path in (streamed, in_memory))
+    assert a is not None
+    assert b is not None
+    by_name = {layer.name: layer for layer in b}
+    assert {layer.name for layer in a} == set(by_name)
+    for layer in a:
+        assert layer.input is None
+        assert layer.weight == by_name[layer.name].weight
+        assert layer.scale == by_name[layer.name].scale
+
+
+def test_methods_of_several_layers_are_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+    lazy = checkpoints.load_model(folder, lazy=True)
+    config = {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": ["rotate"]}
+    with pytest.raises(ConfigError, match=r"rotate changes several layers.*without --stream"):
+        stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_weight_is_named_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
+    model = llama(tmp_path / "broken", num_hidden_layers=2)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    lazy = checkpoints.load_model(tmp_path / "broken", lazy=True)
+    with pytest.raises(WeightError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN"):
+        stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_what_is_there_stays_until_the_new_is_complete(folder: Path, tmp_path: Path) -> None:
+    lazy = checkpoints.load_model(folder, lazy=True)
+    stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs)
+    before = (tmp_path / "out" / "graph.json").read_bytes()
+    with pytest.raises(SaveError, match="exists already"):
+        stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs)
+    stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, "W4A16-RTN", overwrite=True)
+    assert (tmp_path / "out" / "graph.json").read_bytes() != before
+
+
+def test_gguf_files_cannot_be_streamed(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="only folders of safetensors can"):
+        checkpoints.load_model(tmp_path / "model.gguf", lazy=True)
+
+
+def test_a_job_that_was_stopped_goes_on_and_writes_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.stream.FLUSH", 1)
+    lazy = checkpoints.load_model(folder, lazy=True)
+    stream.compile_to(tmp_path / "whole", lazy.model, lazy.example_inputs)
+    rounded: list[str] = []
+    real = stream._round
+
+    def until(stop: int) -> Any:
+        def call(unit: stream.Unit, *rest: Any) -> Any:
+            if len(rounded) == stop:
+                raise KeyboardInterrupt
+            rounded.append(unit.name)
+            return real(unit, *rest)
+
+        return call
+
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    for stop in (4, 9):
+        monkeypatch.setattr(stream, "_round", until(stop))
+        with pytest.raises(KeyboardInterrupt):
+            stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(stream, "_round", until(-1))
+    stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+    for name in ("model.safetensors", "graph.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(rounded) <= len(set(rounded)) + 2, "what was written is not written again, but what was on its way"
+
+
+def test_weights_that_are_damaged_in_a_job_are_written_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxquant.stream.FLUSH", 1)
+    lazy = checkpoints.load_model(folder, lazy=True)
+    stream.compile_to(tmp_path / "whole", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+    file = tmp_path / "job" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged; it is written again"):
+        stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == file.read_bytes() != bytes(content)
