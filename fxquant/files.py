@@ -114,6 +114,8 @@ def check_inside(folder: Path, file: Path) -> None:
     """
     try:
         real, home = file.resolve(strict=True), folder.resolve(strict=True)
+    except FileNotFoundError:
+        raise OSError(f"{file.name!r} is not there, or links to nothing; fetch it too") from None
     except (RuntimeError, ValueError) as error:  # links in a circle; a NUL byte
         raise OSError(f"{file.name!r} cannot be followed: {error}; put the file itself in its place") from None
     roots = [home, *(p.parent / "blobs" for p in (home, *home.parents) if p.name == "snapshots")]

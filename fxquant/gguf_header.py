@@ -190,8 +190,9 @@ def _check_settings(settings: Mapping[str, Setting], tensors: int) -> None:
     for key, value in settings.items():
         if type(value) is int and abs(value) >= _MAX_NUMBER and not key.startswith(("tokenizer.", "general.")):
             raise ValueError(f"{key[:60]!r} is {value}; no setting of a model has {_MAX_NUMBER} or more")
-        if key.endswith(_COUNTS) and type(value) is int and not 0 <= value <= _MAX_COUNT:
-            raise ValueError(f"{key[:60]!r} is {value}; expected a count of at most {_MAX_COUNT}")
+        least = int(key.endswith((".block_count", ".head_count")))
+        if key.endswith(_COUNTS) and type(value) is int and not least <= value <= _MAX_COUNT:
+            raise ValueError(f"{key[:60]!r} is {value}; expected a count from {least} to {_MAX_COUNT}")
         if key.endswith(".block_count") and (type(value) is not int or value > tensors):
             raise ValueError(f"{key[:60]!r} is {str(value)[:40]}, and it holds {tensors} tensors")
         if isinstance(value, float) and not math.isfinite(value) and not key.startswith(("tokenizer.", "general.")):

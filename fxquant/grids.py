@@ -281,7 +281,7 @@ class CodebookFormat(Grid):
         if len(self.values) not in (2, 4, 8, 16, 32, 64, 128, 256):
             raise FormatError(f"a codebook of {len(self.values)} values; expected a power of two from 2 to 256")
         if not all(math.isfinite(v) for v in self.values) or not any(self.values):
-            raise FormatError("a codebook holds finite values, at least one of them not zero")
+            raise FormatError("a codebook holds a value that is not finite, or zeros alone; expected finite values")
 
     @property
     def bits(self) -> int:
