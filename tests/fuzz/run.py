@@ -27,7 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CRASHES = HERE / "crashes"
-HANGS = 90.0
+HANGS = 300.0
 """Seconds without a word from a process, after which it hangs: a case may take 5, on a busy machine more."""
 STARTS = 300.0
 """Seconds more until it says its first."""
