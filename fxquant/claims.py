@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
 """What transformers may read for a tokenizer."""
 MOST_TENSORS = 5_000
 """Tensors that a model is taken to have at most where its weights are not there to be counted."""
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", INDEX)
+_MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors", INDEX)
 _MAX_CONFIG, _MAX_TOKENIZER = 1 << 23, 1 << 26
 _MAX_NUMBER, _MAX_COUNT = 2**31, 100_000
 _COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts|labels|heads|stages|depths?)$|^n_(layer|head)s?$")
