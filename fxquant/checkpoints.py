@@ -162,7 +162,9 @@ def _empty(hf: ModuleType, path: Path, config: dict[str, Any], stored: int) -> n
     with claims.building(path, stored), torch.device("meta"):
         made = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
-        return build(made, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+        model: nn.Module = build(made, dtype=torch.float32).eval()
+    claims.check_names(path, model)
+    return model
 
 
 def is_packed(path: str | Path) -> bool:

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook 
 from fxquant import files
 from fxquant.errors import FxquantError, ModelError
 from fxquant.headers import INDEX, StoredTensor
+from fxquant.rewrite import unwritable
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -108,6 +109,13 @@ def check_numbers(settings: Any, where: str = "", depth: int = 0) -> None:
 
 
 # --- models without values --------------------------------------------------------------------------------------------
+def check_names(path: Path, model: nn.Module) -> None:
+    """Raise ModelError where a module has a name, taken from the config, that generated code may not hold."""
+    if (bad := unwritable(model)) is not None:
+        raise ModelError(f"the config of {path} gives a module the name {bad[:100]!r}, with quotes, backslashes or "
+                         f"what cannot be printed, which may be code; fetch it again, or mend it")  # fmt: skip
+
+
 @contextmanager
 def building(path: Path, stored: int) -> Iterator[None]:
     """Modules are made inside, of no more parameters than ``stored`` tensors can fill; what fails is a ModelError."""
@@ -156,6 +164,7 @@ def check_weights(
 def check_size(path: Path, model: nn.Module, stored: int) -> None:
     """Raise ModelError where ``stored`` elements cannot fill ``model``, or tables that it computes, such as masks, are
     larger than any model's."""
+    check_names(path, model)
     if (wanted := sum(p.numel() for p in model.parameters())) > stored + _SLACK:
         raise ModelError(f"{path}: its config asks for a model of {wanted:,} weights, and its files hold {stored:,}; "
                          f"fetch its config and its weights again, both of one model")  # fmt: skip
