@@ -23,6 +23,7 @@ from fxquant import claims
 from fxquant.downloads import check_complete
 from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.examples import example_inputs
+from fxquant.files import shown
 from fxquant.gguf_header import check_gguf
 from fxquant.headers import folder_tensors
 from fxquant.kv_cache import CachedDecoder, with_cache
@@ -370,7 +371,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    text = shown(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 

@@ -17,6 +17,7 @@ from hostile_files import CommandError, Row, check, command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fxquant
 from fxquant import claims
 from fxquant.errors import ModelError
 
@@ -219,6 +220,15 @@ def test_a_folder_that_lies(case: str, tiny: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("owned"))
 
 
+STREAMED = ("2^30 tokens", "whole numbers for floats", "weights elsewhere", "tensor twice", "code of its own")
+
+
+@pytest.mark.parametrize("case", STREAMED)
+def test_streaming_checks_the_same(case: str, tiny: Path, tmp_path: Path) -> None:
+    change, message = FOLDERS[case]
+    check(Row(damaged(change, tiny), lambda path: load_model(path, lazy=True), ModelError, message), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["m.pt2", "m.npz", "m.pt", "m.bin"])
 def test_archives_are_not_opened(name: str, tiny: Path, tmp_path: Path) -> None:
     make = damaged(bomb(name), tiny)
@@ -276,12 +286,38 @@ def test_a_config_is_checked_without_its_weights(tiny: Path, tmp_path: Path) -> 
     check(Row(lambda _: folder, empty_model, ModelError, "a model of more than"), tmp_path)
 
 
+def test_an_export_copies_no_file_from_elsewhere(tiny: Path, tmp_path: Path) -> None:
+    """A link in a downloaded folder must not bring a private file into one that is published."""
+    out = tmp_path / "out"
+    fxquant.compile(load_model(tiny).model, load_model(tiny).example_inputs, "W8A16-RTN").save(tmp_path / "c")
+    read = command("export", str(tmp_path / "c"), "--format", "compressed-tensors", "--model", "FILE", "-o", str(out))
+    make = damaged(link("merges.txt", "/etc/hostname"), tiny)
+    check(Row(make, read, CommandError, "out of the folder; copy the file itself"), tmp_path)
+    assert not out.exists()
+
+
 def test_weights_that_are_not_numbers(tiny: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     make = damaged(tensors(lambda t: t[name][0].fill_(float("nan"))), tiny)
     read = command("compile", "FILE", "-c", "W6A16-E3M2", "-o", str(tmp_path / "out"))
     check(Row(make, read, CommandError, "NaN"), tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_quotes_a_config_as_text(tiny: Path) -> None:
+    from fxquant.hf import model_card
+
+    model = load_model(tiny).model
+    rules = [{"match": "```\n<script>alert(1)</script>", "keep": True}, {"match": "*", "weight": "e2m1/channel"}]
+    fxquant.quantize_(model, {"rules": rules[1:]})
+    config: Any = model.config
+    config.quantization_config.config = fxquant.load_config({"rules": rules})
+    config.name_or_path = "a](javascript:alert(1))/b"
+    card = model_card(model)
+    fence = "````"
+    assert card.count(fence) == 2
+    assert "<script>" in card.split(fence)[1]
+    assert "javascript" not in card
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
