@@ -341,6 +341,7 @@ def _tokenizer(hf: ModuleType, path: Path) -> Any | None:
     try:
         if not path.is_file():
             return read_tokenizer(path) if claims.has_tokenizer(path) else None
+        claims.check_tokenizer(path.parent)  # transformers looks beside the file too
         with _reading(path):  # AutoTokenizer would read the vocabulary again, for a config that is known by now
             return hf.PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except ModelError as error:  # a model without a tokenizer can still be compiled
@@ -467,6 +468,7 @@ def _without_values(hf: ModuleType, config: Any) -> nn.Module:
 
 def _gguf_by_transformers(hf: ModuleType, path: Path, header: Any) -> nn.Module:
     """The general way, for architectures whose tensors transformers rearranges on its own."""
+    claims.check_folder(path.parent)
     _gguf_empty(hf, header, hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True))
     model = hf.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True,

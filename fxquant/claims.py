@@ -102,10 +102,12 @@ def check_numbers(settings: Any, where: str = "", depth: int = 0) -> None:
             raise ValueError("transformers_weights names another file of weights; take that key out")
         if isinstance(value, (dict, list)):
             check_numbers(value, name, depth + 1)
-        elif type(value) is int and abs(value) >= _MAX_NUMBER:
+        elif type(value) is int and abs(value) >= _MAX_NUMBER and "theta" not in name:
             raise ValueError(f"{name} is {str(value)[:40]}; no setting of a model has {_MAX_NUMBER} or more")
-        elif type(value) is int and _COUNTS.search(name) and not -1 <= value <= _MAX_COUNT:
-            raise ValueError(f"{name} is {value}; expected a count from 0 to {_MAX_COUNT}")
+        elif type(value) is int and _COUNTS.search(name):  # vision_feature_layer counts from the end: -2
+            least = -1 if name.startswith(("num_", "n_")) else -_MAX_COUNT
+            if not least <= value <= _MAX_COUNT:
+                raise ValueError(f"{name} is {value}; expected a count from 0 to {_MAX_COUNT}")
 
 
 # --- models without values --------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "shard above": (index("../../etc/x.safetensors"), r"names the shard '\.\./\.\./etc/x\.safetensors'"),
     "shard with a root": (index("/etc/x.safetensors"), r"names the shard '/etc/x\.safetensors'"),
     "shard that is no tensors": (index("config.json"), r"names the shard 'config\.json'"),
-    "shard that is missing": (index("b.safetensors"), "lacks the shard"),
+    "shard that is missing": (index("b.safetensors"), "lacks b.safetensors of 2 files of weights"),
     "index of 1 GB": (both(index("a.safetensors"), sparse(INDEX, 1 << 30)), "at most 33554432 are read"),
     "tensor twice": (
         both(index("b.safetensors"), lambda f: shutil.copy(f / "a.safetensors", f / "b.safetensors") and None),
@@ -265,6 +265,13 @@ def test_code_that_is_not_needed_is_not_run(tiny: Path, tmp_path: Path) -> None:
     assert not (folder / "owned").exists()
 
 
+def test_honest_configs_are_taken(tiny: Path, tmp_path: Path) -> None:
+    """LLaVA counts a layer from the end, Mamba has an infinite limit, a model of a million positions a large theta."""
+    honest = {"vision_feature_layer": -2, "rope_theta": 2**33, "time_step_limit": [0.0, float("inf")]}
+    folder = damaged(config(**honest), tiny)(tmp_path)
+    assert claims.read_config(folder)["time_step_limit"] == [0.0, float("inf")]
+
+
 @pytest.mark.parametrize("read", [load_model, empty_model])
 def test_a_name_from_a_config_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
     """X-MOD names its adapters by the languages that its config lists, and torch.fx writes names into code."""
@@ -289,7 +296,7 @@ def test_a_config_is_checked_without_its_weights(tiny: Path, tmp_path: Path) -> 
 def test_an_export_copies_no_file_from_elsewhere(tiny: Path, tmp_path: Path) -> None:
     """A link in a downloaded folder must not bring a private file into one that is published."""
     out = tmp_path / "out"
-    fxquant.compile(load_model(tiny).model, load_model(tiny).example_inputs, "W8A16-RTN").save(tmp_path / "c")
+    fxquant.compile(load_model(tiny).model, load_model(tiny).example_inputs, "W8A16-INT").save(tmp_path / "c")
     read = command("export", str(tmp_path / "c"), "--format", "compressed-tensors", "--model", "FILE", "-o", str(out))
     make = damaged(link("merges.txt", "/etc/hostname"), tiny)
     check(Row(make, read, CommandError, "out of the folder; copy the file itself"), tmp_path)
