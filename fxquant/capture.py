@@ -40,7 +40,7 @@ from fxquant.errors import CaptureError, InputError, WeightError
 from fxquant.flatten import from_export
 from fxquant.graph import dtype_name, info
 from fxquant.program import Program, record, target_name
-from fxquant.rewrite import Log
+from fxquant.rewrite import Log, unwritable
 from fxquant.signature import Input, as_call, by_parameter, named_leaves, parameters_of
 from fxquant.sizes import (
     UnkeptGuardError,
@@ -121,6 +121,9 @@ def check_model(model: nn.Module) -> None:
                            f"{_PATH if isinstance(model, (str, Path)) else ''}")  # fmt: skip
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("cannot capture a torch.jit.ScriptModule; give the nn.Module that it was made from")
+    if (bad := unwritable(model)) is not None:
+        raise CaptureError(f"the module or tensor {bad[:100]!r} has a name with quotes, backslashes or what cannot be "
+                           f"printed, which code of torch.fx must not hold; rename it")  # fmt: skip
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
             raise WeightError(f"{name} is not initialized yet; run the model once, or load its weights, first")
