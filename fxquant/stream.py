@@ -27,7 +27,7 @@ from fxquant.capture import capture
 from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
 from fxquant.encoding import Json
-from fxquant.errors import ConfigError, FxquantError, SaveError
+from fxquant.errors import FxquantError, SaveError
 from fxquant.graph import WeightQuant, info, update_info
 from fxquant.jobs import Job, kept
 from fxquant.journal import Journaled
@@ -40,9 +40,6 @@ from fxquant.show.summary import model_bytes
 from fxquant.tasks import IN_PROCESS, Executor
 from fxquant.units import sources_of
 from fxquant.weight_writer import Written, layer_names, write_weights
-
-_WHOLE = ("zq_global", "rotate", "smooth")
-"""Methods that hold more of the model at a time than one layer."""
 
 
 def compile_to(
@@ -66,11 +63,10 @@ def compile_to(
     are those of ``compile`` and of ``CompiledModel.save``; a ``job`` keeps every weight that was written. Returns the
     compiled model, its weights mapped from ``out``.
 
-    Raises what these raise; ConfigError for methods that need more of a model at a time than a layer.
+    Raises what these raise.
     """
     torch.set_num_threads(torch.get_num_threads())  # as compile does
     settings, target = load_config(config), Path(os.path.abspath(out))
-    check_methods(settings)
     pipeline.check_calibration(settings, calibration)
     store.check_place(target, overwrite)
     progress("capture", 0, 0)
@@ -116,21 +112,6 @@ def _linked(weights: Path, path: Path) -> None:
         os.link(weights, path)
     except OSError:
         shutil.copyfile(weights, path)
-
-
-def can(settings: Config) -> bool:
-    """Whether a config's methods can be streamed."""
-    return not any(name in _WHOLE for name, _ in settings.methods())
-
-
-def check_methods(settings: Config) -> None:
-    """Raise a ConfigError for methods that cannot be streamed."""
-    if not can(settings):
-        found = next(name for name, _ in settings.methods() if name in _WHOLE)
-        raise ConfigError(
-            f"{found} changes several layers of a model together and cannot be streamed; leave it out of passes, or "
-            f"compile in memory, without --stream"
-        )
 
 
 def rewrite(program: Program, settings: Config, given: Mapping[str, Any], keeping: Executor) -> None:

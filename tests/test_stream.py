@@ -15,7 +15,7 @@ import fxquant
 from fxquant import checkpoints, stream, weight_writer
 from fxquant.cli import app
 from fxquant.config import ConfigLike, load_config
-from fxquant.errors import ConfigError, ModelError, SaveError, WeightError
+from fxquant.errors import ModelError, SaveError, WeightError
 from fxquant.lazy import Lazy
 from fxquant.program import quiet
 from fxquant.tasks import IN_PROCESS
@@ -53,6 +53,12 @@ CONFIGS: dict[str, ConfigLike] = {
                "passes": [{"search_formats": {"steps": 4, "rounds": 1}}]},
     "lorc": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"lorc": {"rank": 4}}]},
     "zq_local": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"zq_local": {"iterations": 2}}]},
+    "smooth": {"rules": [{"match": "*", "weight": "int8/channel", "activation": "int8/token"}], "passes": ["smooth"]},
+    "rotate": {"rules": [{"match": "*", "weight": "e2m1/group32"}], "passes": ["rotate"]},
+    "zq_global": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"zq_global": {"iterations": 4}}]},
+    "fpq": "W4A4-FPQ",
+    "gwq": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": ["gwq"]},
+    "pb_llm": {"rules": [{"match": "*", "weight": "int4/channel"}], "passes": ["pb_llm"]},
 }  # fmt: skip
 
 
@@ -105,14 +111,6 @@ def test_workers_write_the_same(folder: Path, tmp_path: Path) -> None:
         stream.compile_to(tmp_path / "there", lazy.model, lazy.example_inputs, config, executor=executor)
     for name in ("model.safetensors", "graph.json"):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
-
-
-def test_methods_of_several_layers_are_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
-    lazy = checkpoints.load_model(folder, lazy=True)
-    config = {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": ["rotate"]}
-    with pytest.raises(ConfigError, match=r"rotate changes several layers.*without --stream"):
-        stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, config)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_weight_is_named_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
@@ -170,7 +168,8 @@ def test_a_job_that_was_stopped_goes_on_and_writes_the_same(
     stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
     for name in ("model.safetensors", "graph.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert len(rounded) <= len(set(rounded)) + 2, "what was written is not written again, but what was on its way"
+    on_their_way = 2 * 1 + 2  # of one worker
+    assert len(rounded) <= len(set(rounded)) + 2 * on_their_way
 
 
 def test_weights_that_are_damaged_in_a_job_are_written_again(
