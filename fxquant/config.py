@@ -280,7 +280,10 @@ def _from_file(path: Path) -> Config:
         raise ConfigError(f"{path}{error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         at, why = places.syntax_error(error)
-        raise ConfigError(f"{path}{at}: this is not valid {path.suffix[1:].upper()}: {why}") from error
+        raise ConfigError(
+            f"{path}{at}: this is not valid {path.suffix[1:].upper()}: {why}; mend it: fxquant recipes NAME prints "
+            f"a config that is valid"
+        ) from error
     if not isinstance(data, Mapping):
         holds = "is empty" if data is None else f"holds a {type(data).__name__} and no mapping"
         raise ConfigError(
@@ -293,7 +296,7 @@ def _from_file(path: Path) -> Config:
 
 def _validated(data: Mapping[str, Any], where: str, root: yaml.Node | None = None) -> Config:
     places.check_values(data, where)
-    if unnamed := [key for key in data if not isinstance(key, str)]:
+    if unnamed := [key for key in data if not isinstance(key, str) or key == "self"]:
         raise ConfigError(f"{where}: unknown key {unnamed[0]!r}; expected {', '.join(Config.model_fields)}")
     try:
         return Config(**data)
@@ -327,6 +330,8 @@ def _line(item: Any, where: str) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["loc"][-1:] == ("short",):
         message = f"{str(item['input'])[:60]!r} is no spec; expected a text such as e3m2/channel, or {_LONG}"
+    if item["type"] in ("tuple_type", "list_type"):
+        message = f"it is {str(item['input'])[:60]!r}; expected a list"
     return f"{where}: {location or 'config'}: {message}"
 
 

@@ -1,8 +1,8 @@
 """One target in one process: cases are made, given to a loader, and watched.
 
 What a loader may do with a case: take it, or raise one of our errors. Anything else is a finding: another exception,
-more than 5 seconds, more than 1 GB of memory, the end of the process. A case lies in a folder while it is tried, so that who
-watches finds it if the process dies.
+more than 5 seconds, more than 1 GB of memory, the end of the process. A case lies in a folder while it is tried, so
+that who watches finds it if the process dies.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _status(name: str) -> int:
 
 # --- lines -----------------------------------------------------------------------------------------------------------
 class Lines:
-    """Lines of fxquant that ran inside ``with``, each counted once; a function that has run wholly costs nothing more."""
+    """Lines of fxquant that ran inside ``with``, each counted once; a function that ran wholly costs nothing more."""
 
     def __init__(self) -> None:
         self.count = 0

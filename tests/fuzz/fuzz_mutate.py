@@ -124,8 +124,8 @@ def text(rng: random.Random, content: bytes, others: Sequence[bytes]) -> bytes:
         case 4:
             parts[at : at + 1] = [str(rng.choice(NUMBERS) * rng.choice((1, 1, -1)))]
         case 5:
-            parts.insert(at, rng.choice(("[", "(", "{", "-", "**", "a: ", "- ", "&a [*a,*a]", "<<: *a", "!!python/x ")) *
-                         rng.choice((1, 3, 40, 2000)))  # fmt: skip
+            deep = rng.choice(("[", "(", "{", "-", "**", "a: ", "- ", "&a [*a,*a]", "<<: *a", "!!python/x "))
+            parts.insert(at, deep * rng.choice((1, 3, 40, 2000)))
         case 6 if others:
             more = _TOKENS.findall(rng.choice(others).decode())
             cut = rng.randrange(len(more) + 1)

@@ -49,7 +49,35 @@ def saved(folder: Path) -> list[Case]:
         folder.mkdir(parents=True, exist_ok=True)
         model.save(folder / str(i), overwrite=True)
         found.append(read(folder / str(i)))
+        if i:
+            del found[-1]["manifest.json"]  # whose checksums find every change
     return found
+
+
+def journal(folder: Path) -> list[Case]:
+    """The folder of an unfinished job: results of several types, facts, and what the job is."""
+    from fxquant.journal import Journal
+
+    folder.mkdir(parents=True)
+    kept = Journal(folder / "out.job", JOB, start="new")
+    x = torch.arange(48, dtype=torch.float32).reshape(4, 12)
+    for name, value in (
+        ("plain", {"a": 1, "b": [None, True, 0.5, "c"], "d": (1, 2)}),
+        ("tensor", (x, x.to(torch.bfloat16).t().contiguous(), torch.zeros(0, 3))),
+        ("quantized", fxquant.quantize_tensor(x, "e2m1/group4")),
+        ("outer", fxquant.quantize_tensor(torch.randn(4, 32), "nvfp4")),
+    ):
+        kept.record(name, value)
+    for i in range(3):
+        kept.note(f"layer.{i}", {"seconds": 0.5 * i, "names": ["a", "b"], "at": i})
+    kept.close()
+    found = read(folder / "out.job")
+    del found["lock"]
+    return [found]
+
+
+JOB = {"config": {"rules": []}, "model": {"sha256": "0" * 64}, "versions": {"torch": "2"}}
+"""What the job of ``journal`` is."""
 
 
 def configs(folder: Path) -> list[Case]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def load_config(folder: Path) -> None:
 
 
 GRAMMAR = (
-    "e3m2/channel", "e2m1/group32:e8m0", "nvfp4", "mxfp6_e2m3", "int4/block16x64:fp16", "uint3/tensor", "e4m3fnuz/token",
+    "e3m2/channel", "e2m1/group32:e8m0", "nvfp4", "mxfp6_e2m3", "int4/block16x64:fp16",
+    "uint3/tensor", "e4m3fnuz/token",
     "ue5m3", "lut(-1,-0.5,0,1)/group8", "higgs4/group64:fp16", "e2m1b3", "e5m2ieee", "nf4",
     "(batch + 1)//2", "TruncToInt(1.7*ToFloat(batch))", "Max(1, sequence - 3)*ModularIndexing(a, 2, 3)", "2**(n % 5)",
     "-b + CeilDiv(a, 4)", "batch % 2 != 0", "sequence <= 3 + past", "a*b*c == 0",
@@ -230,12 +232,33 @@ def load_data(folder: Path) -> None:
         evaluate.accuracy(_model(), found, labels)
 
 
+# --- unfinished jobs -------------------------------------------------------------------------------------------------
+def load_journal(folder: Path) -> None:
+    """A job that is continued: what it is, its results, its facts, and that it can be written on."""
+    from fxquant.journal import Journal
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = Journal(folder, seeds.JOB, start="resume")
+        try:
+            for name in ("plain", "tensor", "quantized", "outer"):
+                if (done := found.find(name)) is not None:
+                    repr(done.result())
+            for i in range(3):
+                found.noted(f"layer.{i}")
+            found.note("more", {"at": 3})
+            found.record("new", [1])
+            assert found.find("new") is not None
+        finally:
+            found.close()
+
+
 TARGETS = {
     target.name: target
     for target in (
         Target("config", seeds.configs, load_config),
         Target("grammar", grammar_seeds, load_grammar),
-        Target("graph", seeds.saved, load_saved, chosen=("graph.json", "timings.json")),
+        Target("graph", seeds.saved, load_saved, chosen=("graph.json", "timings.json", "manifest.json")),
         Target("weights", seeds.saved, load_saved, chosen=("model.safetensors",)),
         Target("names", names_seeds, load_names),
         Target("folder", seeds.language_model, load_folder),
@@ -243,6 +266,7 @@ TARGETS = {
         Target("gguf", seeds.gguf, load_gguf),
         Target("onnx", seeds.onnx, load_onnx),
         Target("data", seeds.data, load_data),
+        Target("journal", seeds.journal, load_journal),
     )
 }
 """Every loader by its name."""

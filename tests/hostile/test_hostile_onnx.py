@@ -225,5 +225,5 @@ def test_the_file_that_they_are_made_of_is_good(tmp_path: Path) -> None:
     assert OnnxModel(path).session.run(None, feed)[0].tolist() == [3, 3, 3, 3]
     (tmp_path / "w.bin").unlink()
     assert summarize(path).weights == {"FLOAT": 16}  # inspect reads no weights
-    with pytest.raises(FxquantError, match="'w.bin' is not there.*fetch it too"):
+    with pytest.raises(FxquantError, match=r"'w\.bin' is not there.*fetch it too"):
         OnnxModel(path)
