@@ -20,7 +20,7 @@ from fxquant.cli_options import (
     read_text,
     within_context,
 )
-from fxquant.errors import InputError
+from fxquant.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,9 +168,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from fxquant import claims
+    from fxquant.headers import safetensors_header
+
     try:
+        claims.check_memory(path, sum(t.end - t.begin for t in safetensors_header(path).values()))
         tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ModelError) as error:
         raise InputError(f"cannot read {path}: {error}; give a safetensors file with the model's inputs") from error
     return tensors
 

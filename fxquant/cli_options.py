@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fxquant.errors import FormatError, FxquantError, InputError, ModelError, SaveError
-from fxquant.files import shown
+from fxquant.files import MAX_TEXT, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -261,7 +261,11 @@ def read_text(text: Path | None) -> str | None:
     if text is None:
         return None
     try:
-        return text.read_text(encoding="utf-8")
+        with text.open("rb") as stream:  # a pipe too: the user named it
+            content = stream.read(MAX_TEXT + 1)
+        if len(content) > MAX_TEXT:
+            raise InputError(f"the text {text} has more than {MAX_TEXT} bytes; give a part of it")
+        return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the text {text}: {error}; give a file of UTF-8 text") from error
 

@@ -10,7 +10,6 @@ passes: [{gptq: {act_order: true}}]      # methods to run after the weights are 
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from fxquant import places
+from fxquant import files, places
 from fxquant.errors import ConfigError, near
 from fxquant.methods import METHODS, MethodOptions, method_options
 from fxquant.recipes import ROWS
@@ -217,12 +216,15 @@ RECIPES: dict[str, Recipe] = {
 }
 """Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""
 
-_LOADERS: dict[str, Callable[[str], Any]] = {
-    ".yaml": yaml.safe_load,
-    ".yml": yaml.safe_load,
-    ".json": json.loads,
-    ".toml": tomllib.loads,
+_MAX_BYTES = 1 << 18
+"""256 KiB: some four thousand rules, one a line."""
+_LOADERS: dict[str, Callable[[str], tuple[Any, yaml.Node | None]]] = {
+    ".yaml": places.load_yaml,
+    ".yml": places.load_yaml,
+    ".json": lambda text: (json.loads(text), places.tree(text)),
+    ".toml": lambda text: (places.load_toml(text), None),
 }
+"""The data of a text, and the nodes that know where in it a value stands, where it can be told."""
 
 ConfigLike = str | Path | Mapping[str, Any] | Config
 
@@ -263,7 +265,7 @@ def unknown_recipe(name: str, more: str = "") -> ConfigError:
 
 def _from_file(path: Path) -> Config:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.text(path, _MAX_BYTES)
     except FileNotFoundError:
         raise ConfigError(
             f"config {str(path)!r} does not exist; give a file that is there, or a recipe's name (fxquant recipes "
@@ -273,11 +275,15 @@ def _from_file(path: Path) -> Config:
         raise ConfigError(f"cannot read config {str(path)!r}: {error}; give a file of UTF-8 text") from error
     kind = path.suffix.lower()
     try:
-        data = _LOADERS[kind](text)
-        root = None if kind == ".toml" else places.tree(text)
+        data, root = _LOADERS[kind](text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         at, why = places.syntax_error(error)
-        raise ConfigError(f"{path}{at}: this is not valid {path.suffix[1:].upper()}: {why}") from error
+        raise ConfigError(
+            f"{path}{at}: this is not valid {path.suffix[1:].upper()}: {why}; mend it: fxquant recipes NAME prints "
+            f"a config that is valid"
+        ) from error
     if not isinstance(data, Mapping):
         holds = "is empty" if data is None else f"holds a {type(data).__name__} and no mapping"
         raise ConfigError(
@@ -289,7 +295,8 @@ def _from_file(path: Path) -> Config:
 
 
 def _validated(data: Mapping[str, Any], where: str, root: yaml.Node | None = None) -> Config:
-    if unnamed := [key for key in data if not isinstance(key, str)]:
+    places.check_values(data, where)
+    if unnamed := [key for key in data if not isinstance(key, str) or key == "self"]:
         raise ConfigError(f"{where}: unknown key {unnamed[0]!r}; expected {', '.join(Config.model_fields)}")
     try:
         return Config(**data)
@@ -323,6 +330,8 @@ def _line(item: Any, where: str) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["loc"][-1:] == ("short",):
         message = f"{str(item['input'])[:60]!r} is no spec; expected a text such as e3m2/channel, or {_LONG}"
+    if item["type"] in ("tuple_type", "list_type"):
+        message = f"it is {str(item['input'])[:60]!r}; expected a list"
     return f"{where}: {location or 'config'}: {message}"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON = 1 << 25
-"""32 MiB: the most JSON that is parsed. As Python objects the worst of it takes 24 times that."""
-MAX_TEXT = 1 << 30
+"""32 MiB: the most JSON that is parsed. As Python objects the worst of it takes 20 times that."""
+MAX_CONTAINERS = 1 << 22
+"""Objects and lists in it: an empty one is 3 bytes of JSON, and 64 in memory. SmolLM2's graph has 26 000."""
+MAX_TEXT = 1 << 28
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @contextmanager
@@ -50,13 +54,31 @@ def text(path: str | Path, limit: int = MAX_TEXT) -> str:
 
 
 def shown(text: str) -> str:
-    """The text with control characters, but for ends of lines and tabs, as escapes: a terminal would obey them."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    """The text with what a terminal obeys as escapes: control characters, but for ends of lines and tabs, and those
+    that turn the direction of writing; halves of characters too, which cannot be written."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def check_shown(value: Any) -> None:
+    """Raise ValueError where a text in plain data holds what ``shown`` would escape."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if _OBEYED.search(item):
+                raise ValueError(f"a text in it holds control characters: {shown(item)[:100]!r}")
+        elif isinstance(item, dict):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
 
 
 def strict_json(content: bytes, *, infinite: bool = False) -> Any:
     """What JSON says, without keys given twice, NaN or infinities (which ``infinite`` allows). ValueError for all else,
     however deep it nests."""
+    if (containers := content.count(b"[") + content.count(b"{")) > MAX_CONTAINERS:
+        raise ValueError(f"its JSON holds {containers} brackets; at most {MAX_CONTAINERS} are read")
     constant = _infinite if infinite else _no_constant
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=constant)
@@ -92,8 +114,10 @@ def check_inside(folder: Path, file: Path) -> None:
     """
     try:
         real, home = file.resolve(strict=True), folder.resolve(strict=True)
+    except FileNotFoundError:
+        raise OSError(f"{file.name!r} is not there, or links to nothing; fetch it too") from None
     except (RuntimeError, ValueError) as error:  # links in a circle; a NUL byte
-        raise OSError(f"{file.name!r} cannot be followed: {error}") from None
+        raise OSError(f"{file.name!r} cannot be followed: {error}; put the file itself in its place") from None
     roots = [home, *(p.parent / "blobs" for p in (home, *home.parents) if p.name == "snapshots")]
     if not any(real.is_relative_to(root) for root in roots):
         raise OSError(f"{file.name!r} is a link to {str(real)!r}, out of the folder; copy the file itself into it")

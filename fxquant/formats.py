@@ -32,8 +32,8 @@ COMMON = (
     *(f"higgs{bits}" for bits in range(2, 9)), "e8m0", "ue5m3",
 )  # fmt: skip
 
-_FLOAT = re.compile(r"(u?)e(\d+)m(\d+)(none|fnuz|fn|ieee)?(?:b(-?\d+(?:\.\d+)?))?")
-_INT = re.compile(r"(u?)int(\d+)")
+_FLOAT = re.compile(r"(u?)e(\d{1,3})m(\d{1,3})(none|fnuz|fn|ieee)?(?:b(-?\d{1,9}(?:\.\d{1,99})?))?")
+_INT = re.compile(r"(u?)int(\d{1,3})")
 _HIGGS = re.compile(r"higgs([2-8])")
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?"
 _LUT = re.compile(rf"lut\(({_NUMBER}(?:,{_NUMBER})*)\)")

@@ -187,11 +187,14 @@ def _check_settings(settings: Mapping[str, Setting], tensors: int) -> None:
     """Raise ValueError for sizes that no model has: each layer has a tensor of its own."""
     if not isinstance(settings.get("general.architecture"), str):
         raise ValueError("it does not say which architecture it is (general.architecture)")
+    if not any(key.endswith(".block_count") for key in settings):
+        raise ValueError("it does not say how many layers it has (block_count)")
     for key, value in settings.items():
         if type(value) is int and abs(value) >= _MAX_NUMBER and not key.startswith(("tokenizer.", "general.")):
             raise ValueError(f"{key[:60]!r} is {value}; no setting of a model has {_MAX_NUMBER} or more")
-        if key.endswith(_COUNTS) and type(value) is int and not 0 <= value <= _MAX_COUNT:
-            raise ValueError(f"{key[:60]!r} is {value}; expected a count of at most {_MAX_COUNT}")
+        least = int(key.endswith((".block_count", ".head_count")))
+        if key.endswith(_COUNTS) and type(value) is int and not least <= value <= _MAX_COUNT:
+            raise ValueError(f"{key[:60]!r} is {value}; expected a count from {least} to {_MAX_COUNT}")
         if key.endswith(".block_count") and (type(value) is not int or value > tensors):
             raise ValueError(f"{key[:60]!r} is {str(value)[:40]}, and it holds {tensors} tensors")
         if isinstance(value, float) and not math.isfinite(value) and not key.startswith(("tokenizer.", "general.")):

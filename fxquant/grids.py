@@ -259,6 +259,12 @@ class PowerFormat(Grid):
         return torch.where(x.isnan(), torch.full_like(code, 255), code)
 
 
+def _shortest(value: float) -> str:
+    """Nine digits, where they are the value, else as many as it takes."""
+    short = f"{value:.9g}"
+    return short if float(short) == value else repr(value)
+
+
 @dataclass(frozen=True, slots=True)
 class CodebookFormat(Grid):
     """A table of ``2**bits`` finite values, code by code, in any order; ``name`` is a name that ``parse_format`` knows.
@@ -275,14 +281,14 @@ class CodebookFormat(Grid):
         if len(self.values) not in (2, 4, 8, 16, 32, 64, 128, 256):
             raise FormatError(f"a codebook of {len(self.values)} values; expected a power of two from 2 to 256")
         if not all(math.isfinite(v) for v in self.values) or not any(self.values):
-            raise FormatError("a codebook holds finite values, at least one of them not zero")
+            raise FormatError("a codebook holds a value that is not finite, or zeros alone; expected finite values")
 
     @property
     def bits(self) -> int:
         return len(self.values).bit_length() - 1
 
     def __str__(self) -> str:
-        return self.name or f"lut({','.join(f'{v:.9g}' for v in self.values)})"
+        return self.name or f"lut({','.join(map(_shortest, self.values))})"
 
     def table(self) -> Tensor:
         """The value of every code, float64 ``[2**bits]``."""

@@ -87,7 +87,7 @@ class GptqOptions(CalibratedOptions):
 class ZqGlobalOptions(CalibratedOptions):
     """ZQ-Global (ZeroQuant-V2, 2303.08302): trains a block's weights until its output is the float block's."""
 
-    iterations: int = Field(48, ge=0, description="steps of Adam a block; 0 changes nothing")
+    iterations: int = Field(48, ge=0, le=1_000_000, description="steps of Adam a block; 0 changes nothing")
     learning_rate: float = Field(
         0.025,
         gt=0,
@@ -292,7 +292,7 @@ class LorcOptions(MethodOptions):
 class ZqLocalOptions(CalibratedOptions):
     """ZQ-Local (ZeroQuant-V2, 2303.08302): gradient descent on each layer's output error, through the rounding."""
 
-    iterations: int = Field(64, ge=1, description="steps of Adam; the rate falls to 0")
+    iterations: int = Field(64, ge=1, le=1_000_000, description="steps of Adam; the rate falls to 0")
     learning_rate: float = Field(
         0.01, gt=0, description="what a weight moves at most in the first step, in units of its scale"
     )
@@ -312,7 +312,9 @@ class GwqOptions(CalibratedOptions):
         le=0.5,
         description="of each layer's weights that are kept, those with the largest gradients; 6 bytes each",
     )
-    samples: int = Field(1, ge=1, description="batches of calibration data that the gradients are taken on")
+    samples: int = Field(
+        1, ge=1, le=1_000_000, description="batches of calibration data that the gradients are taken on"
+    )
 
 
 class PbLlmOptions(MethodOptions):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -11,6 +14,8 @@ from fxquant.errors import ConfigError
 
 Place = tuple[int, int]
 """Line and column, from 1."""
+MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_DOTS = 100_000, 32, 1 << 14, 200
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 
 def tree(text: str) -> yaml.Node | None:
@@ -20,6 +25,62 @@ def tree(text: str) -> yaml.Node | None:
     except yaml.YAMLError:
         return None
     return found if isinstance(found, yaml.Node) else None
+
+
+def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """The data of a YAML text and its nodes, parsed once. ConfigError, beginning with the place, for aliases that grow
+    to more than a hundred thousand values, mappings or lists nested too deep, and texts too long for any key."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None, None
+        _check_nodes(root)
+        return loader.construct_document(root), root
+    finally:
+        loader.dispose()
+
+
+def _check_nodes(root: yaml.Node) -> None:
+    """Aliases are counted as often as they occur, before the data is made of the nodes."""
+    waiting, seen = [(root, 0)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        seen += 1
+        at = f":{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        if seen > MAX_VALUES or depth > MAX_DEPTH:
+            raise ConfigError(f"{at}: more than {MAX_VALUES} values come of its aliases, or {MAX_DEPTH} levels; write "
+                              f"them out, without aliases inside of aliases")  # fmt: skip
+        if isinstance(node, yaml.MappingNode):
+            waiting += [(part, depth + 1) for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(part, depth + 1) for part in node.value]
+        elif len(node.value) > MAX_TEXT:
+            raise ConfigError(f"{at}: a value has {len(node.value)} characters; at most {MAX_TEXT} are read")
+
+
+def load_toml(text: str) -> Any:
+    """The data of a TOML text. ConfigError for keys of more dots than any has, which tomllib takes long to follow."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if _QUOTED.sub("", line).count(".") > MAX_DOTS:
+            raise ConfigError(f":{number}: more than {MAX_DOTS} dots in a line; write tables in place of dotted keys")
+    return tomllib.loads(text)
+
+
+def check_values(data: Any, where: str) -> None:
+    """Raise a ConfigError for whole numbers beyond 64 bits, and values that are nested too deep or too many."""
+    waiting, seen = [(data, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen > MAX_VALUES or depth > MAX_DEPTH:
+            raise ConfigError(f"{where}: it has more than {MAX_VALUES} values, or {MAX_DEPTH} levels; make it simpler")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{where}: a number has {value.bit_length()} bits; expected at most 63")
+        if isinstance(value, Mapping):
+            waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(part, depth + 1) for part in value]
 
 
 def place(root: yaml.Node, location: Sequence[str | int]) -> Place:

@@ -20,11 +20,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fxquant import outputs
+from fxquant import files, outputs
 from fxquant.document import check_header, decode, encode, encode_tensors, kept_tensors
 from fxquant.encoding import Json, MalformedError, decode_timings, encode_timings, fields, text
 from fxquant.errors import LoadError, SaveError
 from fxquant.graph import TensorType
+from fxquant.memory import ran_out
 from fxquant.program import Program
 from fxquant.tasks import ALIGNMENT
 from fxquant.weight_file import WeightFile
@@ -33,7 +34,7 @@ GRAPH, WEIGHTS, TIMINGS, MANIFEST = "graph.json", "model.safetensors", "timings.
 TOKENIZER, KERNELS = "tokenizer", "kernels"
 KERNEL_MARK = "# Written by fxquant kernels"
 """How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
-_MAX_JSON = 1 << 26  # 64 MiB; a graph of 2000 nodes with its trace takes about 2
+_MAX_JSON = files.MAX_JSON  # a graph of 2000 nodes with its trace takes about 2 MiB
 _MANIFEST_FORMAT = 1
 
 
@@ -225,6 +226,8 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
     except MalformedError as error:
         raise LoadError(f"{file}: {error}; {error.hint}") from None
     except Exception as error:  # a file made to break its reader gets the same answer as any other bad file
+        if ran_out(error):
+            raise
         raise LoadError(f"{file} cannot be read: {type(error).__name__}: {str(error)[:300]}; save it again") from error
 
 
@@ -256,24 +259,11 @@ def read_json(file: Path) -> Json:
     try:
         if (size := file.stat().st_size) > _MAX_JSON:
             raise MalformedError(f"it has {size} bytes; at most {_MAX_JSON} are read")
-        return json.loads(file.read_bytes().decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise MalformedError("its JSON is nested too deep") from None
+        return files.strict_json(file.read_bytes())
     except OSError as error:
         raise MalformedError(f"it cannot be read: {error}") from None
     except ValueError as error:
         raise error if isinstance(error, MalformedError) else MalformedError(f"it is not valid JSON: {error}") from None
-
-
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise MalformedError("an object of its JSON has a key twice")
-    return found
-
-
-def _no_constant(text: str) -> Json:
-    raise MalformedError(f"its JSON holds {text}, which is not a JSON number")
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
