@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_JSON = 1 << 25
-"""32 MiB: the most JSON that is parsed. As Python objects the worst of it takes 24 times that."""
+MAX_JSON = 20 << 20
+"""20 MiB: the most JSON that is parsed. As Python objects the worst of it takes 43 times that."""
 MAX_TEXT = 1 << 28
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

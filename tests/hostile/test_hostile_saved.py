@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_store import net
 
 import fxquant
+from fxquant import files
 from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.store import load, save
 
@@ -76,7 +77,7 @@ def header(rows: Any) -> Change:
 
 
 SAVED: dict[str, tuple[Change, str]] = {
-    "graph of 1 GB": (sparse("graph.json", 1 << 30), "at most 33554432 are read"),
+    "graph of 1 GB": (sparse("graph.json", 1 << 30), "at most 20971520 are read"),
     "graph is a FIFO": (fifo("graph.json"), "not a regular file"),
     "graph is a device": (link("graph.json", "/dev/zero"), "a symbolic link"),
     "tensors are a FIFO": (fifo("model.safetensors"), "not a regular file"),
@@ -230,3 +231,14 @@ def test_a_folder_that_is_not_packed(packed: Path, tmp_path: Path) -> None:
 
     row = Row(copied(settings(quantization_config=None), packed), load_packed, ModelError, "holds no weights that")
     check(row, tmp_path)
+
+
+def test_json_as_large_as_it_may_be_takes_less_than_a_gigabyte(saved: Path, tmp_path: Path) -> None:
+    def change(folder: Path) -> None:
+        unit = "[[[[]]]],"  # what takes most memory for its length
+        (folder / "graph.json").write_text("[" + unit * (files.MAX_JSON // len(unit) - 1) + "1]")
+
+    folder, before = copied(change, saved)(tmp_path), resident()
+    with pytest.raises(LoadError, match="not the graph of a saved fxquant model"):
+        fxquant.load(folder)
+    assert peak() - before < BYTES
