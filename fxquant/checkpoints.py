@@ -28,6 +28,7 @@ from fxquant.gguf_header import check_gguf
 from fxquant.headers import folder_tensors
 from fxquant.kv_cache import CachedDecoder, with_cache
 from fxquant.lazy import FromFile, real
+from fxquant.memory import limited, ran_out
 from fxquant.program import Progress, quiet
 
 
@@ -48,6 +49,7 @@ class LoadedModel:
     dtype: torch.dtype = torch.float32
 
 
+@limited("load the model")
 def load_model(
     path: str | Path, *, kv_cache: bool = False, lazy: bool = False, progress: Progress = quiet
 ) -> LoadedModel:
@@ -308,6 +310,8 @@ def _loaded(hf: ModuleType, path: Path, config: dict[str, Any], lazy: bool = Fal
     except FxquantError:
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many types here
+        if ran_out(error):
+            raise
         raise ModelError(f"{path} cannot be loaded as {cls.__name__}: {_first_line(error)}; fetch its files again, or "
                          f"mend config.json") from error  # fmt: skip
     if missing := sorted(loaded["missing_keys"]):
@@ -398,6 +402,8 @@ def _parsing(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise ModelError(f"reading {path} needs more packages ({error}); run: pip install 'fxquant[hf]'") from error
     except Exception as error:  # a damaged file fails anywhere in the libraries that parse it
+        if ran_out(error):
+            raise
         raise ModelError(f"{path} cannot be read as GGUF: {_first_line(error)}; fetch the file again, or convert the "
                          f"original model's folder instead") from error  # fmt: skip
 

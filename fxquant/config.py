@@ -296,7 +296,7 @@ def _from_file(path: Path) -> Config:
 
 def _validated(data: Mapping[str, Any], where: str, root: yaml.Node | None = None) -> Config:
     places.check_values(data, where)
-    if unnamed := [key for key in data if not isinstance(key, str)]:
+    if unnamed := [key for key in data if not isinstance(key, str) or key == "self"]:
         raise ConfigError(f"{where}: unknown key {unnamed[0]!r}; expected {', '.join(Config.model_fields)}")
     try:
         return Config(**data)

@@ -44,8 +44,8 @@ _BINARY: dict[str, Callable[[Number, Number], Number]] = {
     "**": _power,
 }
 CALLS: dict[str, tuple[int, Callable[..., Number]]] = {
-    "Max": (0, max),
-    "Min": (0, min),
+    "Max": (0, lambda *values: max(values)),
+    "Min": (0, lambda *values: min(values)),
     "Mod": (2, _BINARY["%"]),
     "PythonMod": (2, _BINARY["%"]),
     "FloorDiv": (2, _BINARY["//"]),

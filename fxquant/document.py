@@ -54,6 +54,7 @@ from fxquant.targets import check_call, decode_target, encode_target
 FORMAT, VERSION = "fxquant", 2  # 1 had the seconds of each pass in the trace
 _KEYS = ("format", "version", "fxquant", "config", "signature", "tensors", "nodes", "trace")
 _MAX_CONFIG_DEPTH = 32
+MAX_NODES = 50_000  # a decoder layer has about 75
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -186,6 +187,8 @@ def tensor_table(document: Mapping[str, Json]) -> dict[str, Stored | str]:
     found = document["tensors"]
     if not isinstance(found, dict):
         raise MalformedError("the table of tensors is not an object")
+    if len(found) > 2 * MAX_NODES:
+        raise MalformedError(f"the graph has {len(found)} tensors; at most {2 * MAX_NODES} are read")
     check_names(path(key, "a tensor") for key in found)
     table = {key: _entry(value, f"tensor {key!r}") for key, value in found.items()}
     for key, entry in table.items():
@@ -251,6 +254,8 @@ def resolve(table: Mapping[str, Stored | str], stored: Mapping[str, Tensor]) -> 
 def decode_graph(value: Json, constants: Mapping[str, Tensor]) -> fx.Graph:
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     rows = items(value, "the list of nodes")
+    if len(rows) > MAX_NODES:
+        raise MalformedError(f"the graph has {len(rows)} nodes; at most {MAX_NODES} are read")
     for i, row in enumerate(rows):
         row = fields(row, f"node {i}", ["name", "op", "target"], ["args", "kwargs", "info"])
         where = f"node {name(row['name'], f'node {i}')!r}"

@@ -64,6 +64,7 @@ _DEVICE = re.compile(r"(?:cpu|cuda|mps|xpu|meta)(?::[0-9]{1,2})?")
 _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,255}")
 MAX_DEPTH, MAX_TEXT, MAX_TRACE = 16, 4096, 1 << 28
+MAX_SPEC = 8192  # lut(...) of 256 values
 
 
 # --- checks of single fields -----------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def _decode_weight(value: Json, where: str) -> WeightQuant:
 
 def decode_spec(value: Json, where: str) -> QuantSpec:
     try:
-        return parse_spec(text(value, f"the spec of {where}", 64))
+        return parse_spec(text(value, f"the spec of {where}", MAX_SPEC))
     except FormatError as error:
         raise MalformedError(f"{where}: {error}") from None
 

@@ -187,6 +187,8 @@ def _check_settings(settings: Mapping[str, Setting], tensors: int) -> None:
     """Raise ValueError for sizes that no model has: each layer has a tensor of its own."""
     if not isinstance(settings.get("general.architecture"), str):
         raise ValueError("it does not say which architecture it is (general.architecture)")
+    if not any(key.endswith(".block_count") for key in settings):
+        raise ValueError("it does not say how many layers it has (block_count)")
     for key, value in settings.items():
         if type(value) is int and abs(value) >= _MAX_NUMBER and not key.startswith(("tokenizer.", "general.")):
             raise ValueError(f"{key[:60]!r} is {value}; no setting of a model has {_MAX_NUMBER} or more")

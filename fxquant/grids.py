@@ -259,6 +259,12 @@ class PowerFormat(Grid):
         return torch.where(x.isnan(), torch.full_like(code, 255), code)
 
 
+def _shortest(value: float) -> str:
+    """Nine digits, where they are the value, else as many as it takes."""
+    short = f"{value:.9g}"
+    return short if float(short) == value else repr(value)
+
+
 @dataclass(frozen=True, slots=True)
 class CodebookFormat(Grid):
     """A table of ``2**bits`` finite values, code by code, in any order; ``name`` is a name that ``parse_format`` knows.
@@ -282,7 +288,7 @@ class CodebookFormat(Grid):
         return len(self.values).bit_length() - 1
 
     def __str__(self) -> str:
-        return self.name or f"lut({','.join(f'{v:.9g}' for v in self.values)})"
+        return self.name or f"lut({','.join(map(_shortest, self.values))})"
 
     def table(self) -> Tensor:
         """The value of every code, float64 ``[2**bits]``."""

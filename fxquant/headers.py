@@ -46,7 +46,7 @@ class StoredTensor(NamedTuple):
 def safetensors_header(path: str | Path) -> dict[str, StoredTensor]:
     """Every tensor of a safetensors file by name, in the order of its bytes.
 
-    ModelError for a file that is not one: truncated, too long, a header above 20 MiB, a type, size or offset that
+    ModelError for a file that is not one: truncated, too long, a header above 32 MiB, a type, size or offset that
     does not fit. Costs a read of the header, whatever it claims.
     """
     path = Path(path)

@@ -89,7 +89,8 @@ class Seen:
 
 def relative(W: Tensor, got: Tensor, importance: Tensor) -> float:
     """The error of ``LayerObservation``."""
-    lost, whole = (float((x.square() @ importance).sum(dtype=torch.float64)) for x in (got - W, W))
+    rows = ((x.square() * importance).sum(1) for x in (got - W, W))  # a row is added up by one thread
+    lost, whole = (math.fsum(row.tolist()) for row in rows)
     return math.sqrt(lost / whole) if whole > 0 else 0.0
 
 

@@ -66,6 +66,7 @@ def test_the_recipes_of_zeroquant() -> None:
         (7, "config is a int; expected"),
         ({"rules": []}, "rules"),
         ({}, "rules"),
+        ({"self": [], **SHORT}, "unknown key 'self'; expected rules, passes"),
         ({"rule": [], **SHORT}, "unknown key 'rule' .did you mean 'rules'.*expected rules, passes"),
         ({"rules": [{"match": "*", "wieght": "e3m2"}]}, "unknown key 'rules.0.wieght' .did you mean 'weight'"),
         ({"rules": [{"match": "*", "weight": {"format": "e3m2", "group": 64}}]}, "unknown key 'rules.0.weight.group'"),

@@ -39,6 +39,7 @@ def test_operators_have_one_name_each_and_none_writes() -> None:
         ("-(((-sequence)//4))", 2),
         ("sequence**2 + (Mod(batch, 4))", 51),
         ("Max(1, batch, sequence) - Min(batch, 3)", 15),
+        ("Max(batch) + Min(3)", 21),
         ("3*batch/2", 27),
         ("-2**2", -4),
     ],

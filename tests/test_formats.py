@@ -13,6 +13,7 @@ import fxquant
 from fxquant.errors import FormatError
 from fxquant.formats import FloatFormat, IntFormat, parse_format
 from fxquant.grids import default_bias, default_specials
+from fxquant.scheme import parse_spec
 
 EVERY = [
     FloatFormat(e, m, default_bias(e), default_specials(e, m))
@@ -175,3 +176,9 @@ def test_every_fp32_input_equals_ml_dtypes(name: str) -> None:
             continue
         want = x.astype(ML_DTYPES[name]).view(np.uint8)
         assert np.array_equal(fmt.encode(torch.from_numpy(x)).numpy(), want), hex(start)
+
+
+@pytest.mark.parametrize("values", ["-1,-0.123456789,0,1", "-1,-1180591620717411303424.5,0,1", "0.1234567890123,1"])
+def test_a_table_is_written_as_the_values_it_has(values: str) -> None:
+    spec = parse_spec(f"lut({values})/group8")
+    assert parse_spec(str(spec)) == spec

@@ -373,3 +373,11 @@ def test_names_that_generated_code_can_name(name: str) -> None:
 def test_names_that_generated_code_cannot_name(name: str) -> None:
     with pytest.raises(MalformedError, match="tensor name"):
         path(name, "it")
+
+
+def test_a_table_of_sixteen_values_is_saved(tmp_path: Path) -> None:
+    spec = f"lut({','.join(f'{i / 15 - 0.5:.9f}' for i in range(16))})/channel"
+    program, inputs = lm(spec)
+    save(program, tmp_path / "m", config={})
+    loaded, _ = load(tmp_path / "m")
+    assert same(loaded(*inputs), program(*inputs))

@@ -205,6 +205,8 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "trace line": (at("trace", "steps", 0, "text", to=[10**6]), "a line of step"),
     "trace blow-up": (lambda d: d["trace"].update(lines=["x" * 10**6], steps=[
         {**s, "text": [0] * 400} for s in d["trace"]["steps"]]), "more than"),
+    "many nodes": (lambda d: d.update(nodes=d["nodes"][:1] * 50_001), "nodes; at most 50000 are read"),
+    "many tensors": (lambda d: d["tensors"].update({f"t{i}": None for i in range(100_001)}), "tensors; at most 100000"),
     "trace rows": (at("trace", "steps", 0, "rewrites", to=[["a"]]), "not four texts"),
 }  # fmt: skip
 
@@ -229,6 +231,7 @@ def test_a_hostile_graph_is_refused(case: str, saved: Path, tmp_path: Path) -> N
         ("{", "not valid JSON"),
         ("[" * 200_000, "nested too deep|not valid JSON"),
         ('{"format": "fxquant", "format": "fxquant"}', "key twice"),
+        ("[" + "[]," * (1 << 22) + "0]", "4194305 brackets; at most 4194304"),
         ('{"format": NaN}', "NaN"),
         ('{"format": ' + "9" * 5000 + "}", "not valid JSON"),
         (b"\xff\xfe{}", "not valid JSON"),

@@ -172,7 +172,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "shard with a root": (index("/etc/x.safetensors"), r"names the shard '/etc/x\.safetensors'"),
     "shard that is no tensors": (index("config.json"), r"names the shard 'config\.json'"),
     "shard that is missing": (index("b.safetensors"), "lacks b.safetensors of 2 files of weights"),
-    "index of 1 GB": (both(index("a.safetensors"), sparse(INDEX, 1 << 30)), "at most 20971520 are read"),
+    "index of 1 GB": (both(index("a.safetensors"), sparse(INDEX, 1 << 30)), "at most 33554432 are read"),
     "tensor twice": (
         both(index("b.safetensors"), lambda f: shutil.copy(f / "a.safetensors", f / "b.safetensors") and None),
         "is in '[ab].safetensors' and in '[ab].safetensors'",

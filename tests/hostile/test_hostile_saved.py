@@ -77,7 +77,7 @@ def header(rows: Any) -> Change:
 
 
 SAVED: dict[str, tuple[Change, str]] = {
-    "graph of 1 GB": (sparse("graph.json", 1 << 30), "at most 20971520 are read"),
+    "graph of 1 GB": (sparse("graph.json", 1 << 30), "at most 33554432 are read"),
     "graph is a FIFO": (fifo("graph.json"), "not a regular file"),
     "graph is a device": (link("graph.json", "/dev/zero"), "a symbolic link"),
     "tensors are a FIFO": (fifo("model.safetensors"), "not a regular file"),
@@ -233,12 +233,20 @@ def test_a_folder_that_is_not_packed(packed: Path, tmp_path: Path) -> None:
     check(row, tmp_path)
 
 
-def test_json_as_large_as_it_may_be_takes_less_than_a_gigabyte(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("unit", "count", "message"),
+    [
+        ("[[[[]]]],", files.MAX_CONTAINERS // 4 - 1, "not the graph of a saved fxquant model"),
+        ("[[[[]]]],", files.MAX_CONTAINERS // 4 + 1, "at most 4194304 are read"),
+    ],
+)
+def test_json_as_large_as_it_may_be_takes_less_than_a_gigabyte(
+    unit: str, count: int, message: str, saved: Path, tmp_path: Path
+) -> None:
     def change(folder: Path) -> None:
-        unit = "[[[[]]]],"  # what takes most memory for its length
-        (folder / "graph.json").write_text("[" + unit * (files.MAX_JSON // len(unit) - 1) + "1]")
+        (folder / "graph.json").write_text("[" + unit * count + "1]")
 
     folder, before = copied(change, saved)(tmp_path), resident()
-    with pytest.raises(LoadError, match="not the graph of a saved fxquant model"):
+    with pytest.raises(LoadError, match=message):
         fxquant.load(folder)
     assert peak() - before < BYTES
