@@ -127,12 +127,8 @@ def _one_saved() -> Case:
 
 
 def names_seeds(folder: Path) -> list[Case]:
-    plain = [
-        {"names.json": json.dumps(["0", "2", "input", "linear", "layer", word]).encode()}
-        for word in WORDS
-        if len(word) < 256 and word
-    ]
-    return plain
+    plain = [word for word in WORDS if len(word) < 256 and word.isprintable()]
+    return [{"names.json": json.dumps(["0", "2", "input", "linear", "layer", word]).encode()} for word in plain]
 
 
 def load_names(folder: Path) -> None:
