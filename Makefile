@@ -36,8 +36,9 @@ golden: $(TEST_READY)  ## write the golden figures of the kernels anew
 fuzz-native: $(TEST_READY)  ## random weights, models and attributes through the CPU kernels and onnxruntime, under sanitizers
 	$(BIN)/python tests/native/fuzz.py --seconds 60
 
-fuzz: $(TEST_READY)  ## every loader on damaged files, ten minutes each, two at a time; make fuzz SECONDS=60 is shorter
+fuzz: $(TEST_READY)  ## every loader on damaged files, ten minutes each, two at a time; 50 killed jobs; make fuzz SECONDS=60 is shorter
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
+	$(BIN)/python tests/kills.py --kills 50
 
 # torch first: a range would take the newest release, which may be a build of several gigabytes.
 $(READY): pyproject.toml

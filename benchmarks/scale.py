@@ -61,21 +61,17 @@ def write_checkpoint(folder: Path, layers: int) -> None:
     for i, types in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         index |= dict.fromkeys(types, file)
-        weights = WeightFile(folder / file, types)
-        for name, type_ in types.items():
-            rows, count = int(type_.shape[0]), 1
-            for size in type_.shape:
-                count *= int(size)
-            cols = count // rows
-            if len(type_.shape) == 1:
-                weights.write(name, torch.ones(rows, dtype=torch.bfloat16))
-                continue
-            step = max(1, len(pool) // 2 // cols)
-            for start in range(0, rows, step):
-                high = min(step, rows - start)
-                at = int(torch.randint(len(pool) - high * cols, (1,), generator=generator))
-                weights.write(name, pool[at : at + high * cols].view(high, cols), start)
-        weights.close()
+        with WeightFile(folder / file, types) as weights:
+            for name, type_ in types.items():
+                if len(type_.shape) == 1:
+                    weights.write(name, torch.ones(int(type_.shape[0]), dtype=torch.bfloat16))
+                    continue
+                rows, cols = (int(size) for size in type_.shape)
+                step = max(1, len(pool) // 2 // cols)
+                for start in range(0, rows, step):
+                    high = min(step, rows - start)
+                    at = int(torch.randint(len(pool) - high * cols, (1,), generator=generator))
+                    weights.write(name, pool[at : at + high * cols].view(high, cols), start)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "config.json").write_text(json.dumps(config))
 

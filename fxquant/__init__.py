@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fxquant.qtensor import QuantizedTensor as QuantizedTensor
     from fxquant.qtensor import quantize_tensor as quantize_tensor
     from fxquant.scheme import QuantSpec as QuantSpec
+    from fxquant.stream import compile_to as compile_to
 
 _PUBLIC = {
     "CompiledModel": ("fxquant.compiled", "CompiledModel"),
@@ -45,6 +46,7 @@ _PUBLIC = {
     "RECIPES": ("fxquant.config", "RECIPES"),
     "allocate": ("fxquant.allocation", "allocate"),
     "compile": ("fxquant.pipeline", "compile"),
+    "compile_to": ("fxquant.stream", "compile_to"),
     "custom_ops_library": ("fxquant.codegen.ort_library", "custom_ops_library"),
     "executor": ("fxquant.engines", "executor"),
     "export_compressed_tensors": ("fxquant.export_folder", "export_compressed_tensors"),

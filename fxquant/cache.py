@@ -66,7 +66,7 @@ def read_bytes(name: str) -> bytes | None:
     """What the cache's file ``name`` holds; None where there is no file of ours that only we can write."""
     path = folder() / name
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             found = os.fstat(file.fileno())
             own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
             return file.read() if own else None

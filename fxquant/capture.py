@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram, export
 from torch.utils import _pytree as pytree
 
@@ -39,7 +40,7 @@ from fxquant.errors import CaptureError, InputError, WeightError
 from fxquant.flatten import from_export
 from fxquant.graph import dtype_name, info
 from fxquant.program import Program, record, target_name
-from fxquant.rewrite import Log
+from fxquant.rewrite import Log, unwritable
 from fxquant.signature import Input, as_call, by_parameter, named_leaves, parameters_of
 from fxquant.sizes import (
     UnkeptGuardError,
@@ -83,7 +84,7 @@ def capture(
             check_model(model)
             with evaluating(model), torch.no_grad(), warnings.catch_warnings(), without_values(model) as weights:
                 warnings.simplefilter("ignore")
-                program = _capture_module(model, example_inputs, dynamic_shapes)
+                program = _capture_module(model, example_inputs, dynamic_shapes, compared=not weights)
             give_values(program.gm, weights)
     _check_float(program)
     program.gm.graph.lint()
@@ -120,6 +121,9 @@ def check_model(model: nn.Module) -> None:
                            f"{_PATH if isinstance(model, (str, Path)) else ''}")  # fmt: skip
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("cannot capture a torch.jit.ScriptModule; give the nn.Module that it was made from")
+    if (bad := unwritable(model)) is not None:
+        raise CaptureError(f"the module or tensor {bad[:100]!r} has a name with quotes, backslashes or what cannot be "
+                           f"printed, which code of torch.fx must not hold; rename it")  # fmt: skip
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
             raise WeightError(f"{name} is not initialized yet; run the model once, or load its weights, first")
@@ -153,18 +157,27 @@ def _integer_weight(name: str, value: Tensor) -> WeightError:
 _WITH_FLOAT_WEIGHT = (nn.Linear, nn.Bilinear, nn.Embedding, nn.modules.conv._ConvNd)
 
 
-def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any) -> Program:
-    """The first form of the program that gives what the model gives on the example: of sizes as free as can be."""
+def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: Any, *, compared: bool) -> Program:
+    """The first form of the program that gives what the model gives on the example: of sizes as free as can be.
+
+    Not ``compared`` with a model without values that cannot run so: some operators have no shapes without them.
+    """
     if example_inputs is None:
         raise CaptureError("example_inputs is missing; give a tuple of positional inputs or a dict of keyword inputs")
     args, kwargs = as_call(example_inputs)
     kwargs = _in_order_of_forward(model, kwargs)
-    want = _run_example(model, args, kwargs)
+    try:
+        want = _run_example(model, args, kwargs)
+        compared = True
+    except InputError:
+        if compared:
+            raise
     first: Exception | None = None
     for attempt in _attempts(model, args, kwargs, dynamic_shapes):
         try:
             program = attempt()
-            _check_same(program, args, kwargs, want)
+            if compared:
+                _check_same(program, args, kwargs, want)
         except Exception as error:
             if isinstance(error, CaptureError) and not isinstance(error, _DifferentError):
                 raise
@@ -172,11 +185,12 @@ def _capture_module(model: nn.Module, example_inputs: Inputs, dynamic_shapes: An
             continue
         own = getattr(model, "declared_limits", ())
         program.signature = replace(program.signature, limits=(*program.signature.limits, *own))
-        limits = (*program.signature.limits, *small_limits(model, program, args, kwargs))
-        program.signature = replace(program.signature, limits=limits)
+        if compared:
+            limits = (*program.signature.limits, *small_limits(model, program, args, kwargs))
+            program.signature = replace(program.signature, limits=limits)
         return program
     assert first is not None
-    if dynamic_shapes is not None:
+    if dynamic_shapes is not None or any(isinstance(p, FakeTensor) for p in model.parameters()):
         raise _capture_error(model, first) from first
     try:
         return trace_symbolically(model, args, kwargs)

@@ -23,10 +23,12 @@ from fxquant import claims
 from fxquant.downloads import check_complete
 from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.examples import example_inputs
+from fxquant.files import shown
 from fxquant.gguf_header import check_gguf
 from fxquant.headers import folder_tensors
 from fxquant.kv_cache import CachedDecoder, with_cache
 from fxquant.lazy import FromFile, real
+from fxquant.memory import limited, ran_out
 from fxquant.program import Progress, quiet
 
 
@@ -47,6 +49,7 @@ class LoadedModel:
     dtype: torch.dtype = torch.float32
 
 
+@limited("load the model")
 def load_model(
     path: str | Path, *, kv_cache: bool = False, lazy: bool = False, progress: Progress = quiet
 ) -> LoadedModel:
@@ -162,7 +165,9 @@ def _empty(hf: ModuleType, path: Path, config: dict[str, Any], stored: int) -> n
     with claims.building(path, stored), torch.device("meta"):
         made = hf.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         build = getattr(cls, "_from_config", None) or cls.from_config  # AutoModel has the latter
-        return build(made, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+        model: nn.Module = build(made, dtype=torch.float32).eval()
+    claims.check_names(path, model)
+    return model
 
 
 def is_packed(path: str | Path) -> bool:
@@ -305,6 +310,8 @@ def _loaded(hf: ModuleType, path: Path, config: dict[str, Any], lazy: bool = Fal
     except FxquantError:
         raise
     except Exception as error:  # transformers, safetensors and huggingface_hub raise many types here
+        if ran_out(error):
+            raise
         raise ModelError(f"{path} cannot be loaded as {cls.__name__}: {_first_line(error)}; fetch its files again, or "
                          f"mend config.json") from error  # fmt: skip
     if missing := sorted(loaded["missing_keys"]):
@@ -338,6 +345,7 @@ def _tokenizer(hf: ModuleType, path: Path) -> Any | None:
     try:
         if not path.is_file():
             return read_tokenizer(path) if claims.has_tokenizer(path) else None
+        claims.check_tokenizer(path.parent)  # transformers looks beside the file too
         with _reading(path):  # AutoTokenizer would read the vocabulary again, for a config that is known by now
             return hf.PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except ModelError as error:  # a model without a tokenizer can still be compiled
@@ -368,7 +376,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    text = shown(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
@@ -394,6 +402,8 @@ def _parsing(path: Path) -> Iterator[None]:
     except ImportError as error:
         raise ModelError(f"reading {path} needs more packages ({error}); run: pip install 'fxquant[hf]'") from error
     except Exception as error:  # a damaged file fails anywhere in the libraries that parse it
+        if ran_out(error):
+            raise
         raise ModelError(f"{path} cannot be read as GGUF: {_first_line(error)}; fetch the file again, or convert the "
                          f"original model's folder instead") from error  # fmt: skip
 
@@ -464,6 +474,7 @@ def _without_values(hf: ModuleType, config: Any) -> nn.Module:
 
 def _gguf_by_transformers(hf: ModuleType, path: Path, header: Any) -> nn.Module:
     """The general way, for architectures whose tensors transformers rearranges on its own."""
+    claims.check_folder(path.parent)
     _gguf_empty(hf, header, hf.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True))
     model = hf.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True,

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook 
 from fxquant import files
 from fxquant.errors import FxquantError, ModelError
 from fxquant.headers import INDEX, StoredTensor
+from fxquant.rewrite import unwritable
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -29,7 +30,7 @@ TOKENIZER_FILES = (
 """What transformers may read for a tokenizer."""
 MOST_TENSORS = 5_000
 """Tensors that a model is taken to have at most where its weights are not there to be counted."""
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", INDEX)
+_MODEL_FILES = ("config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors", INDEX)
 _MAX_CONFIG, _MAX_TOKENIZER = 1 << 23, 1 << 26
 _MAX_NUMBER, _MAX_COUNT = 2**31, 100_000
 _COUNTS = re.compile(r"(^|_)(layers?|blocks?|experts|labels|heads|stages|depths?)$|^n_(layer|head)s?$")
@@ -101,13 +102,22 @@ def check_numbers(settings: Any, where: str = "", depth: int = 0) -> None:
             raise ValueError("transformers_weights names another file of weights; take that key out")
         if isinstance(value, (dict, list)):
             check_numbers(value, name, depth + 1)
-        elif type(value) is int and abs(value) >= _MAX_NUMBER:
+        elif type(value) is int and abs(value) >= _MAX_NUMBER and "theta" not in name:
             raise ValueError(f"{name} is {str(value)[:40]}; no setting of a model has {_MAX_NUMBER} or more")
-        elif type(value) is int and _COUNTS.search(name) and not -1 <= value <= _MAX_COUNT:
-            raise ValueError(f"{name} is {value}; expected a count from 0 to {_MAX_COUNT}")
+        elif type(value) is int and _COUNTS.search(name):  # vision_feature_layer counts from the end: -2
+            least = -1 if name.startswith(("num_", "n_")) else -_MAX_COUNT
+            if not least <= value <= _MAX_COUNT:
+                raise ValueError(f"{name} is {value}; expected a count from 0 to {_MAX_COUNT}")
 
 
 # --- models without values --------------------------------------------------------------------------------------------
+def check_names(path: Path, model: nn.Module) -> None:
+    """Raise ModelError where a module has a name, taken from the config, that generated code may not hold."""
+    if (bad := unwritable(model)) is not None:
+        raise ModelError(f"the config of {path} gives a module the name {bad[:100]!r}, with quotes, backslashes or "
+                         f"what cannot be printed, which may be code; fetch it again, or mend it")  # fmt: skip
+
+
 @contextmanager
 def building(path: Path, stored: int) -> Iterator[None]:
     """Modules are made inside, of no more parameters than ``stored`` tensors can fill; what fails is a ModelError."""
@@ -156,6 +166,7 @@ def check_weights(
 def check_size(path: Path, model: nn.Module, stored: int) -> None:
     """Raise ModelError where ``stored`` elements cannot fill ``model``, or tables that it computes, such as masks, are
     larger than any model's."""
+    check_names(path, model)
     if (wanted := sum(p.numel() for p in model.parameters())) > stored + _SLACK:
         raise ModelError(f"{path}: its config asks for a model of {wanted:,} weights, and its files hold {stored:,}; "
                          f"fetch its config and its weights again, both of one model")  # fmt: skip

@@ -36,6 +36,7 @@ from fxquant.cli_options import (
 )
 from fxquant.errors import FxquantError
 from fxquant.files import shown
+from fxquant.memory import limited
 
 
 class Commands(TyperGroup):
@@ -47,7 +48,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with limited("do this"):
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of a pipe went away: click ends quietly
         except (FxquantError, OSError) as error:
@@ -101,6 +103,7 @@ def _root(version: Version = False) -> None:
 # --- commands that make something -------------------------------------------------------------------------------------
 @app.command("compile")
 def compile_(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder (safetensors) or a GGUF file.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The folder to write the compiled model to.")],
     config: Annotated[
@@ -156,7 +159,7 @@ def compile_(
     from fxquant.config import load_config
     from fxquant.show.console import progress_bars
 
-    settings, hf = load_config(config), format == FolderFormat.hf
+    start, settings, hf = cli_jobs.start_of(resume, restart), load_config(config), format == FolderFormat.hf
     checkpoints.check_path(model)
     made_of = cli_jobs.source(model, calibration, kv_cache)
     if hf:
@@ -169,9 +172,9 @@ def compile_(
         stream = streams(model, settings) if stream is None else stream
     if stream:
         streaming.check_methods(settings)
-    job = cli_jobs.job(model, out, made_of, resume=resume, restart=restart)
+    job = cli_jobs.job(model, out, made_of, start)
     with (
-        cli_jobs.resumable(job),
+        cli_jobs.resumable(job, context),
         progress_bars() as progress,
         engines.executor(engine, workers=workers, address=ray_address) as executor,
     ):
@@ -245,6 +248,9 @@ def inspect(
     model_explorer: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write graphs (.json) and overlays for Google's Model Explorer.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of the weights too, and compare checksums with manifest.json.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what became of a model: sizes, formats, errors, passes, and why layers stayed in float.
@@ -259,18 +265,22 @@ def inspect(
 
         fxquant inspect smollm2-fp6 --model-explorer smollm2.json
 
+        fxquant inspect smollm2-fp6 --verify
+
         fxquant inspect smollm2-fp6.onnx
     """
     from fxquant.show.console import print_layers
 
     if out.suffix == ".onnx":
-        if html or diff or layers or model_explorer:
+        if html or diff or layers or model_explorer or verify:
             raise typer.BadParameter("only --json goes with an ONNX file; the others show folders of fxquant compile")
         cli_onnx.inspect(out, as_json)
         return
     check_file(html)
     check_file(model_explorer)
     compiled = load(out)
+    if verify:
+        typer.echo(cli_jobs.verified(out), err=as_json)
     if html is not None:
         compiled.report(html, title=f"{out.resolve().name}: fxquant report")
         typer.echo(f"wrote {html}", err=as_json)
@@ -284,7 +294,7 @@ def inspect(
         typer.echo(compiled.diff())
     if layers:
         print_layers(summary)
-    if not (diff or layers or html or model_explorer):
+    if not (diff or layers or html or model_explorer or verify):
         typer.echo(str(summary))
 
 

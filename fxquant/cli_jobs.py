@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,17 +28,20 @@ Resume = Annotated[
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard the job that was stopped, and begin anew.")]
 ARGUMENTS = "fxquant.arguments"
-"""The key in click's ``ctx.meta`` of what was typed behind ``fxquant``."""
+"""The key in a context's ``meta`` of what was typed behind ``fxquant``."""
 
 
-def job(model: Path, out: Path, made_of: dict[str, Any], *, resume: bool, restart: bool) -> Job:
+def start_of(resume: bool, restart: bool) -> Start:
+    if resume and restart:
+        raise typer.BadParameter("--resume continues a job and --restart discards it; give one of them")
+    return "resume" if resume else "restart" if restart else "new"
+
+
+def job(model: Path, out: Path, made_of: dict[str, Any], start: Start) -> Job:
     """The job whose output is ``out``; JobError where one is there that is not to be continued or discarded."""
     from fxquant import origin
     from fxquant.jobs import Job
 
-    if resume and restart:
-        raise typer.BadParameter("--resume continues a job and --restart discards it; give one of them")
-    start: Start = "resume" if resume else "restart" if restart else "new"
     return Job(folder(out), start=start, source=made_of, more={"modified": origin.times(model)})
 
 
@@ -86,33 +89,36 @@ def finished(out: Path, settings: Config, made_of: dict[str, Any]) -> CompiledMo
     return compiled
 
 
+def verified(out: Path) -> str:
+    """That a compiled model is the one that was saved; LoadError where it is not."""
+    from fxquant import store
+
+    if not store.verify(out):
+        return f"{out} has no {store.MANIFEST}, so nobody can tell whether it is what was saved; compile it again"
+    return f"{out} is what was saved: every checksum is right"
+
+
 @contextmanager
-def resumable(job: Job) -> Iterator[None]:
+def resumable(job: Job, context: typer.Context) -> Iterator[None]:
     """Ctrl-C, SIGTERM and errors inside leave what is finished, and say how to continue."""
+    typed = context.meta.get(ARGUMENTS, ())
     with _terminates(), job:
         try:
             yield
         except KeyboardInterrupt:
-            _say(job, "stopped")
+            _say(job, "stopped", typed)
             raise
         except (FxquantError, OSError, MemoryError, RuntimeError):
-            _say(job, "not finished")
+            _say(job, "not finished", typed)
             raise
 
 
-def _say(job: Job, what: str) -> None:
-    """How to continue, where something is kept."""
+def _say(job: Job, what: str, typed: Sequence[str]) -> None:
+    """How to continue, where something is kept: what was typed, with --resume."""
     if count := job.finished():
         tasks = "1 finished task is" if count == 1 else f"{count} finished tasks are"
-        note(f"{what}: {tasks} kept in {job.folder}; continue with\n  {_command()}")
-
-
-def _command() -> str:
-    """What was typed, with --resume."""
-    import click
-
-    given = [a for a in click.get_current_context().meta.get(ARGUMENTS, ()) if a not in ("--resume", "--restart")]
-    return shlex.join(["fxquant", *given, "--resume"])
+        again = shlex.join(["fxquant", *(a for a in typed if a not in ("--resume", "--restart")), "--resume"])
+        note(f"{what}: {tasks} kept in {job.folder}; continue with\n  {again}")
 
 
 @contextmanager

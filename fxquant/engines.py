@@ -8,8 +8,10 @@ times in all. What a task raises is raised by ``result`` as it is. At most ``AHE
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -262,41 +264,62 @@ def _end_with(parent: int) -> None:
 def _ray_executor(workers: int | None, address: str | None) -> Iterator[Executor]:
     if importlib.util.find_spec("ray") is None:
         raise InputError("the engine ray needs the Python package ray; run: pip install 'fxquant[ray]'")
-    import logging
-
     import ray
 
-    own = not ray.is_initialized()
-    if own:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if ray.is_initialized():  # the caller's own, which stays
+        found = _Ray(ray, workers, all_ours=False)
         try:
-            if address is None:
-                ray.init(num_cpus=workers or _cores(), include_dashboard=False, **quiet)
-            else:
-                ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise InputError(
-                f"no Ray cluster at {address!r}: {error}; start one with ray start --head, or leave the address out"
-            ) from error
-    found = _Ray(ray, workers, started=own and address is None)
-    try:
-        yield found
-    finally:
-        found.close()
-        if own:
+            yield found
+        finally:
+            found.close()
+        return
+    with _silent(ray):
+        _connect(ray, workers, address)
+        found = _Ray(ray, workers, all_ours=address is None)
+        try:
+            yield found
+        finally:
+            found.close()
             ray.shutdown()
+
+
+def _connect(ray: Any, workers: int | None, address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        ray.init(address="local", num_cpus=workers or _cores(), include_dashboard=False, **quiet)
+        return
+    try:
+        host, colon, port = address.rpartition(":")
+        if colon:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"no Ray cluster at {address!r} ({error}); start one with ray start --head, or leave the address out"
+        ) from error
+
+
+@contextmanager
+def _silent(ray: Any) -> Iterator[None]:
+    """Ray tells of each worker that died on stdout, where our figures go, and has no option against it."""
+    private = ray._private.worker
+    before, private._worker_logs_enabled = getattr(private, "_worker_logs_enabled", True), False
+    try:
+        yield
+    finally:
+        private._worker_logs_enabled = before
 
 
 class _Ray:
     """Each task takes one CPU; Ray runs it again elsewhere when its worker or its node dies."""
 
-    def __init__(self, ray: Any, workers: int | None, *, started: bool) -> None:
+    def __init__(self, ray: Any, workers: int | None, *, all_ours: bool) -> None:
         cpus = max(int(ray.cluster_resources().get("CPU", 1)), 1)
         self.ray, self.workers = ray, min(workers or cpus, cpus)
-        # fewer workers than a cluster has: Ray would run what is ahead too
-        self._most = AHEAD * cpus if started or self.workers == cpus else self.workers
+        # of a cluster with more CPUs than workers, what is ahead would run at once too
+        self._most = AHEAD * self.workers if all_ours or self.workers == cpus else self.workers
         self._perform = ray.remote(num_cpus=1, max_retries=TRIES - 1)(_perform)
         self._unfinished: list[Any] = []
 

@@ -62,6 +62,10 @@ class JobError(FxquantError, RuntimeError):
     """An unfinished job that cannot be continued: another process has it, or it is another job; says what differs."""
 
 
+class MemoryLimitError(FxquantError, MemoryError):
+    """Memory that ran out; says how much was asked for and what there is."""
+
+
 class CacheError(FxquantError, OSError):
     """A cache folder that cannot be made, or that others could write to."""
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fxquant import outputs
+from fxquant import claims, files, outputs
 from fxquant.checkpoints import transformers
 from fxquant.codegen.checkpoint import complete, read
 from fxquant.codegen.compressed_tensors import Scheme, share_outer_scales, stored
@@ -75,20 +75,17 @@ def source_config(source: Path) -> dict[str, Any]:
             f"{source} has no config.json; give the Hugging Face folder that was compiled, whose architecture and "
             f"tokenizer the export needs: --model MODEL (model=... in Python)"
         )
-    try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it is not a JSON object")
-    except ValueError as error:
-        raise ModelError(f"{source / 'config.json'} cannot be read: {error}; fetch the file again") from error
+    config = claims.read_config(source)
     if "quantization_config" in config:
         raise ModelError(f"{source} is a quantized model itself; give the float model that was compiled")
     return config
 
 
 def model_config(source: Path) -> Any:
-    """The transformers config of a folder."""
+    """The transformers config of a folder, whose other files are checked too: some of them go along."""
     hf = transformers()
+    claims.check_folder(source)
+    claims.check_tokenizer(source)
     try:
         return hf.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many types here
@@ -161,7 +158,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise SaveError(f"{target} exists already; choose another folder, or pass overwrite (--overwrite)")
     try:
-        method = json.loads((target / "config.json").read_text())["quantization_config"]["quant_method"]
+        method = files.read_json(target / "config.json")["quantization_config"]["quant_method"]
     except (OSError, ValueError, KeyError, TypeError):
         method = None
     if method != _METHOD or target.is_symlink():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -14,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxquant import outputs
+from fxquant import files, outputs
 from fxquant.checkpoints import transformers
 from fxquant.codegen.checkpoint import complete, read
 from fxquant.codegen.ggml import blocks
 from fxquant.compiled import CompiledModel
 from fxquant.errors import ExportError, ModelError, SaveError
 from fxquant.export_folder import empty_model, model_config, narrowest, parameter_names, source_config
+from fxquant.gguf_header import check_gguf
 from fxquant.program import Progress, quiet
 
 
@@ -73,6 +73,7 @@ def _package() -> ModuleType:
 
 
 def _config_in_gguf(source: Path) -> Any:
+    check_gguf(source, _package().GGML_QUANT_SIZES)
     try:
         return transformers().AutoConfig.from_pretrained(source.parent, gguf_file=source.name, local_files_only=True)
     except Exception as error:  # transformers and gguf raise many types
@@ -204,11 +205,13 @@ def _splitting(before: Any) -> str | None:
 def add_tokenizer(gguf: ModuleType, writer: Any, source: Path, size: int) -> None:
     """The byte-level BPE tokenizer of ``source``; a warning, and none in the file, where it has another or none."""
     try:
-        words = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        words = files.read_json(source / "tokenizer.json", 1 << 26)
     except (OSError, ValueError):
         words = {}
-    kind = words.get("model", {}).get("type")
-    splitting = _splitting(words.get("pre_tokenizer"))
+    try:
+        kind, splitting = words.get("model", {}).get("type"), _splitting(words.get("pre_tokenizer"))
+    except (AttributeError, TypeError):  # of another kind than any tokenizer
+        kind = splitting = None
     if kind != "BPE" or splitting is None:
         warnings.warn(
             f"{source} has no tokenizer.json of a byte-level BPE whose way to split words llama.cpp knows (gpt-2, "
@@ -218,11 +221,15 @@ def add_tokenizer(gguf: ModuleType, writer: Any, source: Path, size: int) -> Non
         writer.add_tokenizer_model("none")
         return
     tokens, types = [f"[PAD{i}]" for i in range(size)], [gguf.TokenType.UNUSED] * size
-    for token, i in words["model"]["vocab"].items():
-        tokens[i], types[i] = token, gguf.TokenType.NORMAL
-    for added in words.get("added_tokens", ()):
-        special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], types[added["id"]] = added["content"], special
+    try:
+        for token, i in words["model"]["vocab"].items():
+            tokens[i], types[i] = token, gguf.TokenType.NORMAL
+        for added in words.get("added_tokens", ()):
+            special = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+            tokens[added["id"]], types[added["id"]] = added["content"], special
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ModelError(f"{source / 'tokenizer.json'} is not a tokenizer of {size} tokens: {type(error).__name__}: "
+                         f"{str(error)[:100]}; fetch it again, from the same model") from None  # fmt: skip
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splitting)
     writer.add_token_list(tokens)

@@ -13,11 +13,12 @@ from fxquant.config import Config
 from fxquant.encoding import Json
 from fxquant.journal import Journal, Journaled, Start
 from fxquant.passes import gwq
-from fxquant.solvers import alternate, gptq, joint, lorc, search, zq_local
+from fxquant.solvers import alternate, distill, gptq, joint, lorc, search, zq_local
 from fxquant.tasks import Executor
 
 RESULTS = results.CORE | results.table(
     alternate.Pair,
+    distill.Outcome,
     gptq.Solution,
     gwq.Kept,
     joint.Found,

@@ -20,7 +20,7 @@ import shutil
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -349,7 +349,7 @@ def _read_done(path: Path) -> tuple[dict[str, dict[str, Json]], int]:
         try:
             name, facts = _parse_line(line)
             found[name] = facts
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             warnings.warn(f"{path}: line {number} is damaged, and is left out", stacklevel=2)
     return found, end
 
@@ -377,15 +377,23 @@ class Journaled:
 
     def submit(self, task: Task) -> Pending:
         """As an Executor's; ValueError for a name that a task of this run had already, SaveError as for ``record``."""
-        if task.name in self._seen:
-            raise ValueError(f"two tasks are called {task.name!r}; a journal tells tasks apart by their names")
-        self._seen.add(task.name)
-        if (found := self.journal.find(task.name)) is not None:
+        if (found := self._find(task.name)) is not None:
             return found
         pending = self.executor.submit(task)
         if isinstance(pending, Done):
             return Done(self.journal.record(task.name, pending.value))
         return _Recorded(pending, self.journal, task.name)
+
+    def keep(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What only this process can compute, kept as a task's result is (``tasks.Keep``)."""
+        found = self._find(name)
+        return found.value if found is not None else self.journal.record(name, compute())
+
+    def _find(self, name: str) -> Done | None:
+        if name in self._seen:
+            raise ValueError(f"two tasks are called {name!r}; a journal tells tasks apart by their names")
+        self._seen.add(name)
+        return self.journal.find(name)
 
 
 class _Recorded:

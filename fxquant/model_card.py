@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from importlib import metadata
@@ -50,7 +51,7 @@ def model_card(model: Any, *, base_model: str | None = None) -> str:
         f'model = {type(model).__name__}.from_pretrained("PATH")', "```", "",
         "The weights stay packed in memory and are decoded by the kernels that read them. Without the first line,",
         "transformers does not know what they are.", "",
-        "## Config", "", "```yaml", yaml.safe_dump(config, sort_keys=False).rstrip(), "```", "",
+        "## Config", "", *_fenced(yaml.safe_dump(config, sort_keys=False).rstrip()), "",
     ])  # fmt: skip
 
 
@@ -66,10 +67,15 @@ def write_card(folder: Path, text: str) -> bool:
 
 def _hub_name(name: str) -> str | None:
     """``owner/model``, None for a path of this machine."""
-    parts = str(name).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or Path(name).exists():
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", str(name), re.ASCII) or Path(name).exists():
         return None
     return str(name)
+
+
+def _fenced(text: str) -> list[str]:
+    """A block of YAML, whose fence is longer than any that the text holds."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return [f"{fence}yaml", text, fence]
 
 
 def _front(model: Any, entries: dict[str, Entry], base: str | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ WHOLE = 1 << 24
 """Bytes up to which a model's file is hashed whole."""
 BLOCKS, BLOCK = 64, 1 << 16
 """Of a larger one: its header, and so many blocks of so many bytes, spread evenly from its first to its last byte."""
-_KINDS = (".json", ".txt", ".model", ".safetensors", ".gguf")
+_KINDS = (".json", ".txt", ".jinja", ".model", ".safetensors", ".gguf")
 _VECTOR = ("avx", "fma", "f16c", "amx", "sse4", "asimd", "sve", "bf16", "i8mm")
 
 

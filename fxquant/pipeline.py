@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from fxquant.config import Config, ConfigLike, load_config
 from fxquant.errors import ConfigError, LoadError, near
 from fxquant.examples import default_inputs, is_hugging_face
 from fxquant.jobs import Job, kept
+from fxquant.journal import Journaled
 from fxquant.layers import Layer, find_layers
+from fxquant.memory import limited
 from fxquant.modules import PackedWeight, write_back
 from fxquant.observe import observe
 from fxquant.origin import origin
@@ -47,10 +50,11 @@ from fxquant.program import Measure, Measured, Pass, Program, Progress, Stage, q
 from fxquant.scheme import LayerRule
 from fxquant.show.summary import model_bytes
 from fxquant.signature import as_call
-from fxquant.tasks import IN_PROCESS, Executor, Prefixed
+from fxquant.tasks import IN_PROCESS, Executor, Keep, Prefixed, computed
 from fxquant.verify import verify
 
 
+@limited("compile the model")
 def compile(
     model: nn.Module | ExportedProgram,
     example_inputs: Any = None,
@@ -77,7 +81,7 @@ def compile(
     Raises ConfigError (unknown recipe, key or format; a rule that matches no layer; no calibration where it is needed),
     CaptureError (what cannot be captured, and where), WeightError (NaN or Inf in a weight, weights on the meta device),
     CalibrationError (data that do not fit, too little of them, NaN activations), TaskError (a task whose workers die),
-    JobError (a folder of another job).
+    JobError (a folder of another job), MemoryLimitError (too little memory).
     """
     torch.set_num_threads(torch.get_num_threads())  # said, else MKL chooses by size, until a task runs with one
     settings = load_config(config)
@@ -131,7 +135,7 @@ def packages_of(model: Any) -> tuple[str, ...]:
 
 def _stages(settings: Config, passes: Sequence[Pass], given: Mapping[str, Any], keeping: Executor) -> list[Stage]:
     """What a config makes of a float graph, up to its codes. Rounding to nearest is done again sooner than kept."""
-    solving = {**given, "executor": keeping}
+    solving = {**given, "executor": keeping, "keep": keeping.keep if isinstance(keeping, Journaled) else computed}
     rules, methods = given["rules"], _methods(settings, solving)
     activations = [Stage(QUANTIZE_ACTIVATIONS, given)] if any(rule.activation for rule in rules) else []
     return [
@@ -170,8 +174,13 @@ def _methods(settings: Config, given: Mapping[str, Any]) -> dict[str, list[Stage
         own = dict(given)
         if seen[name] > 1:  # a pass that runs again has tasks of its own
             own["executor"] = Prefixed(given["executor"], f"{seen[name]}:")
+            own["keep"] = partial(_keep_prefixed, given["keep"], f"{seen[name]}:")
         stages[options.on].append(Stage(METHODS[name], {**options.model_dump(), **own}))
     return stages
+
+
+def _keep_prefixed(keep: Keep, prefix: str, name: str, compute: Callable[[], Any]) -> Any:
+    return keep(prefix + name, compute)
 
 
 def check_calibration(settings: Config, calibration: Calibration | None) -> None:
@@ -183,6 +192,7 @@ def check_calibration(settings: Config, calibration: Calibration | None) -> None
         )
 
 
+@limited("load the model")
 def load(directory: str | Path) -> CompiledModel:
     """The compiled model saved in ``directory``. Nothing in it is executed. Raises LoadError for a damaged folder."""
     program, config = store.load(directory)

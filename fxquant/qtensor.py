@@ -211,7 +211,7 @@ def error_squares(matrix: Tensor, q: QuantizedTensor) -> tuple[float, float]:
     added up exactly, so that the result depends neither on threads nor on how rows are cut."""
     lost, whole = list[Tensor](), list[Tensor]()
     for where, part, own in chunks(matrix, q.scales, q.spec.block(*matrix.shape)[0]):
-        x = part.float()
+        x = part.float().contiguous()
         difference = decode(q.codes[where], own, q.spec, q.exponent_bias, torch.float32).sub_(x)
         whole += [torch.linalg.vector_norm(columns, dim=1) for columns in x.split(4096, dim=1)]
         lost += [torch.linalg.vector_norm(columns, dim=1) for columns in difference.split(4096, dim=1)]

@@ -118,7 +118,7 @@ def decode(value: Json, tensors: Sequence[Tensor], types: Types) -> Any:
             raise MalformedError("a part of a result is not an object with one key")
         ((key, part),) = value.items()
         if key == "tensor":
-            if part != next(left, None) or isinstance(part, bool):
+            if type(part) is not int or part != next(left, None):
                 raise MalformedError(f"a result names tensor {str(part)[:20]}, which is not the next one")
             return tensors[part]
         if key == "tuple":
@@ -181,7 +181,7 @@ def _made(types: Types, name: Json, parts: Json, inner: Callable[[Json], Any]) -
         made = row(**found)
         if isinstance(made, QuantizedTensor):
             made.check()
-    except (FxquantError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a file made to break it gets the same answer as any other
         raise MalformedError(f"a {name} is not valid: {str(error)[:300]}") from None
     return made
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -213,8 +214,28 @@ def fetch(gm: nn.Module, name: str) -> Tensor:
     return value
 
 
+def unwritable(model: nn.Module) -> str | None:
+    """The name of a module or tensor that generated code may not hold, None where there is none.
+
+    torch.fx writes a name that is no identifier between double quotes as it is: one with a quote would end the text,
+    and what follows would run. Some models take names from their config.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    tensors_ = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return next((name for name, _ in chain(modules, *tensors_) if not _is_writable(name)), None)
+
+
+def _is_writable(name: str) -> bool:
+    return name.isprintable() and set(name).isdisjoint("\"'\\")
+
+
 def attach(gm: nn.Module, name: str, value: Tensor) -> None:
-    """Register ``value`` as the buffer ``name``, making the modules on its path. ValueError if the name is taken."""
+    """Register ``value`` as the buffer ``name``, making the modules on its path.
+
+    ValueError if the name is taken, or one that generated code may not hold.
+    """
+    if not _is_writable(name):
+        raise ValueError(f"the name {name[:100]!r} holds quotes, backslashes or what cannot be printed; rename it")
     *path, leaf = name.split(".")
     owner: nn.Module = gm
     for part in path:

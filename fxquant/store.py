@@ -25,6 +25,7 @@ from fxquant.document import check_header, decode, encode, encode_tensors, kept_
 from fxquant.encoding import Json, MalformedError, decode_timings, encode_timings, fields, text
 from fxquant.errors import LoadError, SaveError
 from fxquant.graph import TensorType
+from fxquant.memory import ran_out
 from fxquant.program import Program
 from fxquant.tasks import ALIGNMENT
 from fxquant.weight_file import WeightFile
@@ -225,6 +226,8 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
     except MalformedError as error:
         raise LoadError(f"{file}: {error}; {error.hint}") from None
     except Exception as error:  # a file made to break its reader gets the same answer as any other bad file
+        if ran_out(error):
+            raise
         raise LoadError(f"{file} cannot be read: {type(error).__name__}: {str(error)[:300]}; save it again") from error
 
 

@@ -120,6 +120,15 @@ def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return value
 
 
+Keep = Callable[[str, Callable[[], Any]], Any]
+"""``keep(name, compute)``: what ``compute`` returns, here and now; or what it returned when a job was run before."""
+
+
+def computed(name: str, compute: Callable[[], Any]) -> Any:
+    """A Keep that keeps nothing."""
+    return compute()
+
+
 # --- what passes do with tasks ----------------------------------------------------------------------------------------
 AHEAD = 4
 """Results that wait for an earlier one, for each worker; more and no task is handed over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,9 +34,12 @@ def without_values(model: nn.Module) -> Iterator[dict[str, Lazy]]:
                 fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
             made[id(value)] = nn.Parameter(fake, requires_grad=False) if isinstance(value, nn.Parameter) else fake
         held[key] = made[id(value)]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # tells developers what the caller finds out anyway
+    disabled, logger.disabled = logger.disabled, True
     try:
         yield found
     finally:
+        logger.disabled = disabled
         for held, key, value in places:
             held[key] = value
 

@@ -22,8 +22,10 @@ from fxquant.errors import CalibrationError, ConfigError
 from fxquant.graph import info
 from fxquant.program import Pass, Program, quiet
 from fxquant.qdq import float_weight, quant_of, quantized_of, quantized_weights, replace_weight
+from fxquant.qtensor import QuantizedTensor
 from fxquant.rewrite import Log, Rewrite, aten
 from fxquant.solvers.distill import Latent, Loss, Outcome, distill, no_trained_scales, relative_error
+from fxquant.tasks import computed
 
 RULE = "zq_global"
 
@@ -31,7 +33,7 @@ RULE = "zq_global"
 def zq_global(program: Program, settings: Mapping[str, Any]) -> Log:
     """``settings``: ``calibration`` (batches as ``batches_of`` makes them), ``progress``, ``blocks``, ``sequential``,
     ``float_targets``, ``loss``, ``train_scales``, and options of ``solvers.distill.distill``: ``iterations``,
-    ``learning_rate``, ``batch``.
+    ``learning_rate``, ``batch``; ``keep`` (``tasks.Keep``), by which what was found for a block is known by its name.
     """
     gm, log, batches = program.gm, Log(), settings["calibration"]
     progress = settings.get("progress", quiet)
@@ -110,12 +112,18 @@ class _Training:
             return 0
         split = Statistics(self.block.nodes[0], [row[0] for row in self.rows])
         options = {key: settings[key] for key in ("iterations", "learning_rate", "batch")}
-        found = distill(latents, self._loss(settings.get("loss", "relative")), split.train, split.held_out, **options)
+
+        def train() -> tuple[Outcome, list[QuantizedTensor]]:
+            loss = self._loss(settings.get("loss", "relative"))
+            found = distill(latents, loss, split.train, split.held_out, **options)
+            return found, [latent.quantized() for latent in latents] if found.improved else []
+
+        found, trained = settings.get("keep", computed)(f"{RULE}/{self.block.name}", train)
         change = self._change(found, bool(split.held_out))
-        for node, latent in zip(self.weights, latents, strict=True):
+        for i, node in enumerate(self.weights):
             layer = layers_on(node)[0]
             if found.improved:
-                replace_weight(self.gm, node, latent.quantized(), RULE)
+                replace_weight(self.gm, node, trained[i], RULE)
                 log.rewrote(RULE, layer, f"{quant_of(node).spec}, {change}")
             else:
                 log.declined(RULE, layer, f"nothing was better than the codes it had: {change}")

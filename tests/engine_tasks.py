@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def dies_once(marker: str, x: Tensor) -> Tensor:
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return x * 2
+
+
+def waits(marker: str) -> None:
+    """Says who it is, and goes on for a minute."""
+    Path(f"{marker}.new").write_text(str(os.getpid()))
+    Path(f"{marker}.new").rename(marker)
+    time.sleep(60)
 
 
 def dies(marker: str) -> None:

@@ -14,12 +14,15 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 CONFIG = """
 rules:
@@ -146,6 +149,102 @@ def cleared(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+# --- kills at every step of writing -----------------------------------------------------------------------------------
+STEPS = ("replace", "rename", "fsync", "exchange")
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run ``work`` in a process of its own, which begins with all that is imported here; how it ended."""
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def watched(folder: Path, log: Path, at: str = "") -> None:
+    """Compile and save a small model, with a line for each task and each step of writing; killed before step ``at``."""
+    from test_jobs import METHODS, Net, data
+
+    import fxquant
+    from fxquant import outputs, tasks
+
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    counts, perform = Counter[str](), tasks.perform
+
+    def told(task: tasks.Task) -> object:
+        os.write(handle, f"begin {task.name}\n".encode())
+        return perform(task)
+
+    def step(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def counted(*args: Any, **more: Any) -> Any:
+            counts[name] += 1
+            os.write(handle, f"step {name}:{counts[name]}\n".encode())
+            if at == f"{name}:{counts[name]}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **more)
+
+        setattr(owner, name, counted)
+
+    tasks.perform = told
+    for name in STEPS:
+        step(outputs if name == "exchange" else os, name)
+    config = {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": METHODS["search and lorc"]}
+    fxquant.compile(Net().eval(), data()[0], config, calibration=data(), job=folder / "out.job").save(
+        folder / "out", overwrite=True
+    )
+
+
+def moments(chosen: str) -> None:
+    """Kill before each of the steps, continue, compare."""
+    import test_jobs  # noqa: F401  what all processes need
+    import torch
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for output in ("none", "old"):  # the second time there is an output, which is replaced
+            log = folder / f"{output}.log"
+            assert forked(lambda: watched(folder, log)) == 0  # noqa: B023
+            if output == "none":
+                shutil.rmtree(folder / "out.job")
+        want, all_steps = files(folder / "out"), [*dict.fromkeys(steps(folder / "none.log") + steps(log))]
+        every = set(lines(log, "begin "))
+        points = all_steps if chosen == "all" else chosen.split(",")
+        for point in points:
+            for old in (False, True) if chosen == "all" else (point.startswith("exchange"),):
+                if not old:
+                    cleared(folder)
+                else:
+                    shutil.rmtree(folder / "out.job", ignore_errors=True)
+                first, second = folder / "first.log", folder / "second.log"
+                first.unlink(missing_ok=True)
+                second.unlink(missing_ok=True)
+                killed = forked(lambda: watched(folder, first, point))  # noqa: B023
+                if killed != signal.SIGKILL:  # this way has no such step
+                    assert killed == 0
+                    continue
+                done = on_disk(folder)
+                if old:
+                    assert files(folder / "out") == want  # at no moment is it not there
+                assert forked(lambda: watched(folder, second)) == 0  # noqa: B023
+                again = lines(second, "begin ")
+                assert files(folder / "out") == want, point
+                assert not done & set(again), (point, done & set(again))
+                assert done | set(again) == every
+                print(f"killed before {point}: {len(done)} kept, {len(again)} solved", flush=True)
+    print(f"{len(points)} steps of writing, a kill before each: all bytes the same")
+
+
+def steps(log: Path) -> list[str]:
+    return lines(log, "step ")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
@@ -179,5 +278,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], sys.argv[3:])
+    elif sys.argv[1:2] == ["--moments"]:
+        moments(sys.argv[2])
     else:
         main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -403,3 +404,27 @@ def test_inputs_named_like_builtins_keep_their_names() -> None:
     assert [i.name for i in program.signature.inputs] == ["input", "type"]
     x = torch.randn(5, 3)
     assert torch.equal(program(input=x, type=x), x * x)
+
+
+@pytest.mark.parametrize("kind", ["module", "parameter", "shared"])
+def test_names_that_would_be_code_are_refused(kind: str, tmp_path: Path) -> None:
+    """torch.fx writes names between quotes as they are."""
+    evil = f'a", getattr(__import__("os"), "mkdir")("{tmp_path}/owned")) or ("'
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.good = nn.Linear(4, 4)
+            if kind == "parameter":
+                self.inner.register_parameter(evil, nn.Parameter(torch.ones(4)))
+            else:
+                self.inner.add_module(evil, self.inner.good if kind == "shared" else nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found = getattr(self.inner, evil)
+            return x * found if kind == "parameter" else found(x)
+
+    with pytest.raises(CaptureError, match=r"has a name with quotes, backslashes.*rename it"):
+        capture(Named(), (torch.ones(2, 4),))
+    assert not (tmp_path / "owned").exists()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ import engine_tasks
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import fxquant
 from fxquant import engines
+from fxquant.cli import app
 from fxquant.errors import InputError, TaskError, WeightError
 from fxquant.tasks import IN_PROCESS, Executor, Pending, Task
 
@@ -94,8 +100,13 @@ def equal(a: Any, b: Any) -> bool:
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, dict[str, Any]]:
-    return {name: bits(name, IN_PROCESS) for name in CONFIGS}
+def here() -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """Of each config the bits in this process, and the names of its tasks."""
+    found = {}
+    for name in CONFIGS:
+        watched = Watched()
+        found[name] = bits(name, watched), watched.names
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -106,23 +117,22 @@ def two() -> Iterator[Executor]:
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CONFIGS)
-def test_two_processes_give_the_bits_of_one(name: str, two: Executor, expected: dict[str, dict[str, Any]]) -> None:
-    assert bits(name, two) == expected[name]
+def test_two_processes_give_the_bits_of_one(name: str, two: Executor, here: dict[str, Any]) -> None:
+    assert bits(name, two) == here[name][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
-def test_any_number_of_processes_gives_the_same_bits(workers: int, expected: dict[str, dict[str, Any]]) -> None:
+def test_any_number_of_processes_gives_the_same_bits(workers: int, here: dict[str, Any]) -> None:
     with engines.executor("processes", workers=workers) as executor:
-        for name in ("gptq, all layers at once", "search"):
-            assert bits(name, executor) == expected[name]
+        for name in CONFIGS:
+            assert bits(name, executor) == here[name][0]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_tasks_have_names_of_their_own_and_write_to_no_argument(name: str) -> None:
-    watched = Watched()
-    bits(name, watched)
-    assert len(set(watched.names)) == len(watched.names) > 4
-    assert "insert_qdq/down.weight" in watched.names
+def test_tasks_have_names_of_their_own_and_write_to_no_argument(here: dict[str, Any]) -> None:
+    for _, names in here.values():
+        assert len(set(names)) == len(names) > 4
+        assert "insert_qdq/down.weight" in names
 
 
 def test_a_pass_that_runs_twice_has_tasks_of_its_own() -> None:
@@ -189,6 +199,44 @@ def test_a_task_that_always_kills_its_worker_is_named(two: Executor, tmp_path: P
     assert [pending.result() for pending in others] == [(0,), (1,)]
 
 
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Ctrl-C, which goes to all of a terminal's processes, ends a job promptly; SIGKILL leaves nobody behind."""
+    code = (
+        "import sys, engine_tasks\n"
+        "from fxquant import engines\n"
+        "from fxquant.tasks import Task\n"
+        "with engines.executor('processes', workers=1) as executor:\n"
+        "    executor.submit(Task('waits', engine_tasks.waits, (sys.argv[1],))).result()\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    jobs = {}
+    for name in ("SIGINT", "SIGKILL"):
+        jobs[name] = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / name)], env={**os.environ, "PYTHONPATH": path},
+            stderr=subprocess.PIPE, start_new_session=True, text=True,
+        )  # fmt: skip
+    for name, job in jobs.items():
+        worker = int(_waited(lambda name=name: (tmp_path / name).read_text() if (tmp_path / name).exists() else ""))
+        assert Path(f"/proc/{worker}").exists()
+        if name == "SIGINT":
+            os.killpg(job.pid, signal.SIGINT)
+        else:
+            os.kill(job.pid, signal.SIGKILL)
+        told = job.communicate(timeout=20)[1]
+        assert job.returncode != 0
+        assert told.count("Traceback") == (name == "SIGINT")  # the parent's own, none of a worker's
+        _waited(lambda worker=worker: not Path(f"/proc/{worker}").exists())
+
+
+def _waited(found: Callable[[], Any], seconds: float = 60) -> Any:
+    """What ``found`` returns as soon as it is true."""
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return value
+
+
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
@@ -207,6 +255,23 @@ def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'fxquant\[ray\]'"), engines.executor("ray"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "told"),
+    [
+        (["--workers", "0"], 2, "--workers"),
+        (["--engine", "threads"], 2, "--engine"),
+        (["--engine", "in-process", "--workers", "2"], 1, "take the engine processes or ray"),
+        (["--engine", "processes", "--ray-address", "auto"], 1, "takes no address"),
+        (["--ray-address", "127.0.0.1:1"], 1, "no Ray cluster at '127.0.0.1:1'"),
+    ],
+)
+def test_nonsense_on_the_command_line(asked: list[str], code: int, told: str, tmp_path: Path) -> None:
+    """Said before the model, which is not there, is looked for."""
+    result = CliRunner().invoke(app, ["compile", str(tmp_path / "none"), "-o", str(tmp_path / "out"), *asked])
+    assert result.exit_code == code
+    assert told in result.output
 
 
 def test_the_engine_follows_from_the_number_of_workers() -> None:

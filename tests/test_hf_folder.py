@@ -92,7 +92,10 @@ def test_eval_and_generate_take_the_folder(source: Path, packed: Path, tmp_path:
             ("compile", "SOURCE", "-o", "SOURCE", "--format", "hf", "--overwrite"),
             "is no model that fxquant packed",
         ),
-        (("compile", "SOURCE", "-o", "NEW", "--format", "hf", "--kv-cache"), "transformers has its own: leave it out"),
+        (
+            ("compile", "SOURCE", "-o", "NEW", "--format", "hf", "--kv-cache"),
+            "do not go with --format hf",
+        ),
         (("compile", "SOURCE", "-o", "NEW", "--format", "hf", "-c", "W4A16-HIGGS"), "rotate changes more of the graph"),
         (("generate", "PACKED", "a", "--activation-bits", "8"), "--activation-bits is for compiled models"),
         (("generate", "SOURCE", "a"), "is a model that is not compiled"),

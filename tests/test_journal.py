@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxquant import results
+from fxquant.encoding import MalformedError
 from fxquant.errors import JobError, SaveError
 from fxquant.journal import DONE, TASKS, Journal, Journaled
 from fxquant.qtensor import quantize_tensor
@@ -136,6 +138,46 @@ def test_what_no_file_can_hold_is_returned_and_not_kept(shared: Journal, value: 
     with pytest.warns(UserWarning, match="is not kept"):
         assert shared.record("odd", value) is value
     assert shared.find("odd") is None
+
+
+TEXTS = st.sampled_from(
+    ["e3m2/channel", "float32", "nan", "e3m2", *TYPES, "x", "codes", "scale", "zero_point", "spec", "shape", "error",
+     "tensor_scale", "exponent_bias", "weight", "names", "more"]
+)  # fmt: skip
+PARTS = st.one_of(st.none(), st.booleans(), st.integers(-2, 3), st.floats(allow_nan=False), TEXTS, st.text(max_size=3))
+KINDS = st.sampled_from(["tensor", "tuple", "dict", "spec", "format", "value", "float", "dtype", "other"])
+DOCUMENTS = st.recursive(
+    PARTS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.builds(lambda kind, value: {kind: value}, KINDS, inner),
+        st.builds(lambda name, value: {"value": [name, value]}, st.sampled_from(list(TYPES)), inner),
+        st.dictionaries(TEXTS, inner, max_size=7),
+        st.builds(lambda pairs: {"dict": pairs}, st.lists(st.tuples(inner, inner).map(list), max_size=2)),
+    ),
+    max_leaves=12,
+)
+QUANTIZED = {"codes": {"tensor": 0}, "scale": {"tensor": 1}, "zero_point": None, "spec": {"spec": "e3m2/channel"},
+             "shape": {"tuple": [4, 16]}, "tensor_scale": None, "exponent_bias": None}  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(DOCUMENTS)
+def test_a_structure_that_somebody_made_up_is_malformed_or_a_value(document: Any) -> None:
+    for tensors in ([], [torch.zeros(2)], [torch.zeros(2), torch.zeros(2)]):
+        with contextlib.suppress(MalformedError):
+            results.decode(document, tensors, TYPES)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(list(QUANTIZED)), DOCUMENTS, st.sampled_from(DTYPES))
+def test_a_quantized_tensor_that_somebody_made_up_is_checked(field: str, value: Any, dtype: torch.dtype) -> None:
+    value_of = {**QUANTIZED, field: value}
+    for codes in (torch.full((4, 16), 63, dtype=torch.uint8), torch.full((4, 16), 64, dtype=torch.uint8),
+                  torch.ones(4, 16).to(dtype), torch.zeros(0, 0, dtype=torch.uint8)):  # fmt: skip
+        with contextlib.suppress(MalformedError):
+            made = results.decode({"value": ["qtensor.QuantizedTensor", value_of]}, [codes, torch.ones(4, 1)], TYPES)
+            made.check()
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import fxquant
 from fxquant import export_folder, outputs, store
 from fxquant.compiled import CompiledModel
 from fxquant.errors import FxquantError, LoadError, SaveError
+from fxquant.weight_file import WeightFile
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def writers(models: list[CompiledModel], packed: nn.Module, source: Path) -> dic
 NAMES = ("save", "onnx", "onnx and data", "report", "gguf", "compressed", "hf")
 STEPS = (
     (os, "open"), (os, "replace"), (os, "rename"), (os, "fsync"), (os, "mkdir"), (os, "link"), (outputs, "exchange"),
-    (Path, "write_bytes"), (Path, "write_text"), (store, "save_file"), (export_folder, "save_file"),
+    (Path, "write_bytes"), (Path, "write_text"), (WeightFile, "write"), (export_folder, "save_file"),
 )  # fmt: skip
 
 

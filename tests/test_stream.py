@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_models import llama
+from typer.testing import CliRunner
 
 import fxquant
 from fxquant import checkpoints, stream
+from fxquant.cli import app
 from fxquant.config import ConfigLike, load_config
 from fxquant.errors import ConfigError, ModelError, SaveError, WeightError
 from fxquant.lazy import Lazy
@@ -173,3 +175,71 @@ def test_weights_that_are_damaged_in_a_job_are_written_again(
     with pytest.warns(UserWarning, match="is damaged; it is written again"):
         stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == file.read_bytes() != bytes(content)
+
+
+# --- what may be streamed, and from the command line ------------------------------------------------------------------
+def test_a_decoder_with_a_kv_cache_is_streamed_as_well(folder: Path, tmp_path: Path) -> None:
+    lazy = checkpoints.load_model(folder, kv_cache=True, lazy=True)
+    stream.compile_to(tmp_path / "streamed", lazy.model, lazy.example_inputs)
+    loaded = checkpoints.load_model(folder, kv_cache=True)
+    fxquant.compile(loaded.model, loaded.example_inputs).save(tmp_path / "in_memory")
+    a, b = (json.loads((tmp_path / name / "graph.json").read_text()) for name in ("streamed", "in_memory"))
+    assert a["nodes"] == b["nodes"]
+    assert a["signature"] == b["signature"]
+    assert (tmp_path / "streamed" / "model.safetensors").read_bytes() == (
+        tmp_path / "in_memory" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "bert", "vit"])
+def test_other_architectures_are_streamed_as_well(name: str, tmp_path: Path) -> None:
+    """Mixtral: experts that transformers joins from many tensors. GPT-2: weights ``[in, out]``, and tied ones."""
+    import transformers
+
+    small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": 64, "max_position_embeddings": 64, "intermediate_size": 48}
+    made = {
+        "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(
+            **small, **text, num_key_value_heads=2, num_local_experts=4, pad_token_id=0)),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=0, eos_token_id=0)),
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**small, **text)),
+        "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(
+            **small, intermediate_size=48, image_size=16, patch_size=4)),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = made[name]()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.uniform_(-0.5, 0.5)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / name)
+    streamed, in_memory = both(tmp_path / name, tmp_path, {"rules": [{"match": "*", "weight": "e3m2/channel"}]})
+    assert (streamed / "model.safetensors").read_bytes() == (in_memory / "model.safetensors").read_bytes()
+    assert (
+        json.loads((streamed / "graph.json").read_text())["nodes"]
+        == (json.loads((in_memory / "graph.json").read_text())["nodes"])
+    )
+
+
+def test_the_command_streams_where_it_is_told_to(folder: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    for option in ("--stream", "--no-stream"):
+        done = runner.invoke(app, ["compile", str(folder), "-o", str(tmp_path / option), option])
+        assert done.exit_code == 0, done.output
+    assert "saved to" in done.stdout
+    files = [(tmp_path / option / "model.safetensors").read_bytes() for option in ("--stream", "--no-stream")]
+    assert files[0] == files[1]
+    again = runner.invoke(app, ["compile", str(folder), "-o", str(tmp_path / "x"), "--stream", "--format", "hf"])
+    assert again.exit_code == 1
+    assert "do not go with --format hf" in again.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["--no-stream", "--stream"]
+
+
+def test_the_command_streams_what_would_not_fit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxquant.claims.memory", lambda: 100_000)
+    done = CliRunner().invoke(app, ["compile", str(folder), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "its weights are streamed" in done.stderr.replace("\n", " ")
+    refused = CliRunner().invoke(app, ["compile", str(folder), "-o", str(tmp_path / "x"), "--no-stream"])
+    assert refused.exit_code == 1
+    assert "fxquant compile --stream" in refused.stderr.replace("\n", " ")

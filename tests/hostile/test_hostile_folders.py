@@ -17,6 +17,7 @@ from hostile_files import CommandError, Row, check, command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fxquant
 from fxquant import claims
 from fxquant.errors import ModelError
 
@@ -164,13 +165,13 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "weights are a FIFO": (fifo(WEIGHTS), "not a regular file"),
     "weights are a device": (link(WEIGHTS, "/dev/zero"), "out of the folder"),
     "weights elsewhere": (link(WEIGHTS, "/etc/hostname"), "out of the folder; copy the file itself"),
-    "weights in a circle": (link(WEIGHTS, WEIGHTS), r"model\.safetensors cannot be read|no weights"),
+    "weights in a circle": (link(WEIGHTS, WEIGHTS), "is a link to model.safetensors, which is not there"),
     "header of 2^63 bytes": (content(WEIGHTS, struct.pack("<Q", 2**63)), "its header claims 9223372036854775808"),
     "escape codes in a name": (tensors(lambda t: t.update({"\x1b[2J": torch.zeros(1)})), "not printable"),
     "shard above": (index("../../etc/x.safetensors"), r"names the shard '\.\./\.\./etc/x\.safetensors'"),
     "shard with a root": (index("/etc/x.safetensors"), r"names the shard '/etc/x\.safetensors'"),
     "shard that is no tensors": (index("config.json"), r"names the shard 'config\.json'"),
-    "shard that is missing": (index("b.safetensors"), "lacks the shard"),
+    "shard that is missing": (index("b.safetensors"), "lacks b.safetensors of 2 files of weights"),
     "index of 1 GB": (both(index("a.safetensors"), sparse(INDEX, 1 << 30)), "at most 33554432 are read"),
     "tensor twice": (
         both(index("b.safetensors"), lambda f: shutil.copy(f / "a.safetensors", f / "b.safetensors") and None),
@@ -219,6 +220,15 @@ def test_a_folder_that_lies(case: str, tiny: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("owned"))
 
 
+STREAMED = ("2^30 tokens", "whole numbers for floats", "weights elsewhere", "tensor twice", "code of its own")
+
+
+@pytest.mark.parametrize("case", STREAMED)
+def test_streaming_checks_the_same(case: str, tiny: Path, tmp_path: Path) -> None:
+    change, message = FOLDERS[case]
+    check(Row(damaged(change, tiny), lambda path: load_model(path, lazy=True), ModelError, message), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["m.pt2", "m.npz", "m.pt", "m.bin"])
 def test_archives_are_not_opened(name: str, tiny: Path, tmp_path: Path) -> None:
     make = damaged(bomb(name), tiny)
@@ -255,9 +265,42 @@ def test_code_that_is_not_needed_is_not_run(tiny: Path, tmp_path: Path) -> None:
     assert not (folder / "owned").exists()
 
 
+def test_honest_configs_are_taken(tiny: Path, tmp_path: Path) -> None:
+    """LLaVA counts a layer from the end, Mamba has an infinite limit, a model of a million positions a large theta."""
+    honest = {"vision_feature_layer": -2, "rope_theta": 2**33, "time_step_limit": [0.0, float("inf")]}
+    folder = damaged(config(**honest), tiny)(tmp_path)
+    assert claims.read_config(folder)["time_step_limit"] == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("read", [load_model, empty_model])
+def test_a_name_from_a_config_is_not_run(read: Callable[[Path], Any], tmp_path: Path) -> None:
+    """X-MOD names its adapters by the languages that its config lists, and torch.fx writes names into code."""
+    from transformers import XmodConfig, XmodForMaskedLM
+
+    folder = tmp_path / "m"
+    evil = f'en", getattr(__import__("os"), "mkdir")("{tmp_path}/owned")) or ("'.replace(".", "\u2024")
+    settings = XmodConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=32, languages=[evil], default_language=evil,
+    )  # fmt: skip
+    XmodForMaskedLM(settings).save_pretrained(folder)
+    check(Row(lambda _: folder, read, ModelError, "gives a module the name .* which may be code"), tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
 def test_a_config_is_checked_without_its_weights(tiny: Path, tmp_path: Path) -> None:
     folder = damaged(both(content(WEIGHTS, b"none"), config(num_hidden_layers=99_999)), tiny)(tmp_path)
     check(Row(lambda _: folder, empty_model, ModelError, "a model of more than"), tmp_path)
+
+
+def test_an_export_copies_no_file_from_elsewhere(tiny: Path, tmp_path: Path) -> None:
+    """A link in a downloaded folder must not bring a private file into one that is published."""
+    out = tmp_path / "out"
+    fxquant.compile(load_model(tiny).model, load_model(tiny).example_inputs, "W8A16-INT").save(tmp_path / "c")
+    read = command("export", str(tmp_path / "c"), "--format", "compressed-tensors", "--model", "FILE", "-o", str(out))
+    make = damaged(link("merges.txt", "/etc/hostname"), tiny)
+    check(Row(make, read, CommandError, "out of the folder; copy the file itself"), tmp_path)
+    assert not out.exists()
 
 
 def test_weights_that_are_not_numbers(tiny: Path, tmp_path: Path) -> None:
@@ -266,6 +309,22 @@ def test_weights_that_are_not_numbers(tiny: Path, tmp_path: Path) -> None:
     read = command("compile", "FILE", "-c", "W6A16-E3M2", "-o", str(tmp_path / "out"))
     check(Row(make, read, CommandError, "NaN"), tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_quotes_a_config_as_text(tiny: Path) -> None:
+    from fxquant.hf import model_card
+
+    model = load_model(tiny).model
+    rules = [{"match": "```\n<script>alert(1)</script>", "keep": True}, {"match": "*", "weight": "e2m1/channel"}]
+    fxquant.quantize_(model, {"rules": rules[1:]})
+    config: Any = model.config
+    config.quantization_config.config = fxquant.load_config({"rules": rules})
+    config.name_or_path = "a](javascript:alert(1))/b"
+    card = model_card(model)
+    fence = "````"
+    assert card.count(fence) == 2
+    assert "<script>" in card.split(fence)[1]
+    assert "javascript" not in card
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------

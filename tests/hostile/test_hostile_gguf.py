@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_files import CommandError, Row, check, command
+from hostile_files import CommandError, Row, check, command, no_hang
 
 from fxquant.errors import ModelError
 
@@ -205,3 +205,11 @@ def test_what_is_no_file_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.gguf")
     row = Row(lambda place: place / "m.gguf", load_model, ModelError, r"not a regular file|no config\.json")
     check(row, tmp_path)
+
+
+def test_what_lies_beside_a_file_is_checked(tmp_path: Path) -> None:
+    """transformers looks for a tokenizer's files in the folder of a GGUF file."""
+    path = File().write(tmp_path)
+    os.mkfifo(tmp_path / "added_tokens.json")
+    with no_hang(), pytest.warns(UserWarning, match="not a regular file"):
+        assert load_model(path).tokenizer is None
