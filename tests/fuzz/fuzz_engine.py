@@ -8,6 +8,7 @@ that who watches finds it if the process dies.
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -243,6 +244,8 @@ def main(arguments: Sequence[str]) -> None:
     from fuzz_targets import TARGETS
 
     name, folder, seconds, seed = arguments
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes elsewhere
     faulthandler.enable()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
@@ -263,7 +266,7 @@ def main(arguments: Sequence[str]) -> None:
     def say(what: dict[str, Any], case: Case | None = None) -> None:
         if case is not None:
             what["case"] = {name: content.hex() for name, content in case.items()}
-        print(json.dumps(what), flush=True)
+        print(json.dumps(what), file=told, flush=True)
 
     tally = fuzz(target, Path(folder), seconds=float(seconds), seed=int(seed), report=report)
     last = 0.0

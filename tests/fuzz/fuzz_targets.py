@@ -127,17 +127,16 @@ def _one_saved() -> Case:
 
 
 def names_seeds(folder: Path) -> list[Case]:
-    plain = [
-        {"names.json": json.dumps(["0", "2", "input", "linear", "layer", word]).encode()}
-        for word in WORDS
-        if len(word) < 256 and word
-    ]
-    return plain
+    plain = [word for word in WORDS if len(word) < 256 and word.isprintable()]
+    return [{"names.json": json.dumps(["0", "2", "input", "linear", "layer", word]).encode()} for word in plain]
 
 
 def load_names(folder: Path) -> None:
     """A model whose layers, inputs, nodes and tensors have names from a file: its code, page, ONNX file and text."""
-    names = json.loads((folder / "names.json").read_text())
+    try:
+        names = json.loads((folder / "names.json").read_bytes().decode())
+    except ValueError as error:
+        raise FormatError("not JSON") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) < 6:
         raise FormatError("not six names")
     document = json.dumps(_named()["graph.json"])

@@ -8,23 +8,55 @@ from pathlib import Path
 
 import pytest
 from fuzz_engine import Finding, Lines, Tally, Target, attempt, fuzz
-from fuzz_mutate import mutated
+from fuzz_mutate import Case, mutated
 from fuzz_targets import TARGETS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from run import TARGETS as NAMES
 from run import Total, keep, table
 
 from fxquant.errors import FormatError
 
-SEED = 20240607
 CASES = dict.fromkeys(TARGETS, 100) | {"names": 5, "folder": 40, "packed": 15, "gguf": 25}
 """Fewer of those that take long."""
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_loader_takes_a_case_or_refuses_it(name: str, tmp_path: Path) -> None:
-    tally = fuzz(TARGETS[name], tmp_path / "work", cases=CASES[name], seed=SEED, guided=False)
-    assert not tally.findings, "\n\n".join(finding.text for finding in tally.findings.values())
+    """Hypothesis draws the mutations; of a case that is a finding it looks for a simpler one that is one too."""
+    target, tally = TARGETS[name], Tally()
+    made = target.seeds(tmp_path / "seeds")
+    for case in made:
+        assert attempt(target, case, tmp_path / "case", tally, seconds=120) is None
+
+    @settings(
+        max_examples=CASES[name],
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.randoms(use_true_random=False))
+    def try_one(rng: random.Random) -> None:
+        case = mutated(rng, rng.choice(made), made, target.chosen)
+        found = attempt(target, case, tmp_path / "case", tally)
+        assert not isinstance(found, Finding), f"{found.text}\n{differing(made, case)}"
+
+    try_one()
     assert tally.taken < tally.cases or name == "names"  # some are damaged
+
+
+def differing(made: list[Case], case: Case) -> str:
+    """The files of a case that no seed has."""
+    return "\n".join(f"{k}: {v[:2000]!r}" for k, v in case.items() if all(other.get(k) != v for other in made))
+
+
+def test_the_loop_goes_on_from_cases_that_reach_new_lines(tmp_path: Path) -> None:
+    tally = fuzz(TARGETS["grammar"], tmp_path / "work", cases=150, seed=1)
+    assert not tally.findings
+    assert tally.cases == 150
+    assert tally.corpus > len(TARGETS["grammar"].seeds(tmp_path))
+    assert tally.lines > 100
 
 
 def test_the_script_knows_every_target() -> None:

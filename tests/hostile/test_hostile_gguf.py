@@ -138,6 +138,7 @@ GGUF: dict[str, tuple[File, str]] = {
     "alignment 33": (with_setting(number("general.alignment", 33)), "its alignment is 33"),
     "alignment is a text": (with_setting(setting("general.alignment", TEXT, text("32"))), "its alignment is 32"),
     "no architecture": (File(settings=llama()[0][1:]), "which architecture it is"),
+    "no layers": (File(settings=[llama()[0][0], *llama()[0][2:]]), "how many layers it has"),
     "architecture is a number": (instead("general.architecture", number("general.architecture", 1)), "architecture"),
     "2^31 layers": (instead("llama.block_count", number("llama.block_count", 2**31)), "no setting of a model has"),
     "99999 layers": (instead("llama.block_count", number("llama.block_count", 99_999)), "and it holds 12 tensors"),
