@@ -155,7 +155,11 @@ class FromFile:
     def read(self) -> Tensor:
         """A view of the mapped file. Raises LoadError where the file is shorter than it was."""
         count = math.prod(self.shape)
-        raw = _mapped(self.path)
+        try:
+            found = self.path.stat()
+            raw = _mapped(self.path, (found.st_ino, found.st_size, found.st_mtime_ns))
+        except (OSError, RuntimeError) as error:
+            raise LoadError(f"{self.path} cannot be read any more: {error}; fetch it again") from error
         part = raw[self.begin : self.begin + count * self.dtype.itemsize]
         if part.numel() < count * self.dtype.itemsize:
             raise LoadError(f"{self.path} is shorter than it was when its header was read; fetch it again")
@@ -168,9 +172,9 @@ class FromFile:
 
 
 @lru_cache(maxsize=256)
-def _mapped(path: Path) -> Tensor:
-    """The bytes of a file, mapped; writing to them does not reach it."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+def _mapped(path: Path, version: tuple[int, int, int]) -> Tensor:
+    """The bytes of a file, mapped, as long as it is that ``version`` of it; writing to them does not reach it."""
+    return torch.from_file(str(path), shared=False, size=version[1], dtype=torch.uint8)
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
