@@ -7,7 +7,7 @@ TEST_READY := $(VENV)/.test-ready
 SECONDS ?= 600
 DOCS_READY := $(VENV)/.docs-ready
 
-.PHONY: demo test test-all lint docs bench golden fuzz fuzz-native clean
+.PHONY: demo test test-all lint docs bench golden fuzz fuzz-native scale clean
 
 demo: $(READY)  ## compile SmolLM2 to FP6, measure it, run it in onnxruntime, write a report (out/demo)
 	$(BIN)/fxquant demo -o out/demo --overwrite
@@ -39,6 +39,14 @@ fuzz-native: $(TEST_READY)  ## random weights, models and attributes through the
 fuzz: $(TEST_READY)  ## every loader on damaged files, ten minutes each, two at a time; 50 killed jobs; make fuzz SECONDS=60 is shorter
 	$(BIN)/python tests/fuzz/run.py --seconds $(SECONDS)
 	$(BIN)/python tests/kills.py --kills 50
+
+SCRATCH ?= out/scale
+scale: $(TEST_READY)  ## a model of LLaMA-7B's shapes beside cp, 2 layers and 32 (35 GB in SCRATCH); 50 kills; workers
+	mkdir -p $(SCRATCH)
+	$(BIN)/python benchmarks/scale.py --folder $(SCRATCH) --layers 2
+	$(BIN)/python benchmarks/scale.py --folder $(SCRATCH) --layers 32
+	$(BIN)/python tests/kills.py --kills 50 --stream
+	$(BIN)/python benchmarks/parallel.py
 
 # torch first: a range would take the newest release, which may be a build of several gigabytes.
 $(READY): pyproject.toml

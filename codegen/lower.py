@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant import packing, spool
+from fxquant import packing
 from fxquant.graph import info, update_info
 from fxquant.lazy import later
 from fxquant.ops import operators as ops
@@ -52,7 +52,7 @@ def pack_weight(gm: fx.GraphModule, node: fx.Node) -> None:
     name = str(codes_node.target).removesuffix("_codes") + "_packed"
     codes, layout = fetch(gm, str(codes_node.target)), packing.planar(spec.format.bits)
     shape = packing.packed_shape((codes.shape[0], codes.shape[1]), layout)
-    packed = spool.keep(later(packing.pack, codes, layout, shape=shape, dtype=torch.uint8))
+    packed = later(packing.pack, codes, layout, shape=shape, dtype=torch.uint8)
     _exchange(gm, codes_node, name, packed)
     scale_node = node.args[1]
     assert isinstance(scale_node, fx.Node)

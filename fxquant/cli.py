@@ -169,9 +169,7 @@ def compile_(
         return
     else:
         store.check_place(out.absolute(), overwrite)
-        stream = streams(model, settings) if stream is None else stream
-    if stream:
-        streaming.check_methods(settings)
+        stream = streams(model) if stream is None else stream
     job = cli_jobs.job(model, out, made_of, start)
     with (
         cli_jobs.resumable(job, context),

@@ -82,13 +82,12 @@ def check_hf(settings: Config, out: Path, graph_only: bool, overwrite: bool) -> 
         raise SaveError(f"{out} {what}; choose another folder{'' if overwrite else ', or give --overwrite'}")
 
 
-def streams(model: Path, settings: Config) -> bool:
+def streams(model: Path) -> bool:
     """Whether a model is compiled without being in memory as a whole, where nobody said; a note where it is."""
     from fxquant import claims
-    from fxquant import stream as streaming
     from fxquant.headers import folder_tensors
 
-    if not model.is_dir() or not streaming.can(settings):
+    if not model.is_dir():
         return False
     needed = sum(4 * math.prod(tensor.shape) for tensor in folder_tensors(model).values())
     if 2 * needed <= (memory := claims.memory()):

@@ -216,8 +216,8 @@ RECIPES: dict[str, Recipe] = {
 }
 """Linears and convolutions are quantized; embeddings, and weights tied to one, stay in float."""
 
-_MAX_BYTES = 1 << 18
-"""256 KiB: some four thousand rules, one a line."""
+_MAX_BYTES = 1 << 17
+"""128 KiB: some two thousand rules, one a line."""
 _LOADERS: dict[str, Callable[[str], tuple[Any, yaml.Node | None]]] = {
     ".yaml": places.load_yaml,
     ".yml": places.load_yaml,

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fxquant.errors import FxquantError, InputError, TaskError
+from fxquant.lazy import real
 from fxquant.tasks import IN_PROCESS, Executor, Pending, Task, mapped, perform
 
 ENGINES = ("in-process", "processes", "ray")
@@ -108,7 +109,7 @@ def _packed(value: Any, name: str) -> Any:
                 f"{name}: workers compute on CPUs, and the model is on {x.device}; move it to the CPU, or leave "
                 f"workers and engine out"
             )
-        return _Array(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy(), x.dtype, tuple(x.shape))
+        return _Array(real(x).detach().contiguous().reshape(-1).view(torch.uint8).numpy(), x.dtype, tuple(x.shape))
 
     return mapped(value, Tensor, change)
 

@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fxquant import outputs, results
+from fxquant import files, outputs, results
 from fxquant.encoding import Json, MalformedError
 from fxquant.errors import JobError, SaveError
 from fxquant.outputs import HeldError
@@ -41,7 +41,7 @@ _OURS = (MANIFEST, TASKS, DONE, LOCK, WEIGHTS)
 FORMAT = 1
 Start = Literal["new", "resume", "restart"]
 """With an unfinished job in the folder: refuse, continue it, or discard it."""
-_MAX_JSON = 1 << 26
+_MAX_HEADER, _MAX_DONE = 1 << 26, 1 << 30
 _WHAT_TO_DO = "continue it (--resume), or discard it and begin anew (--restart)"
 
 
@@ -237,13 +237,11 @@ def _remove(folder: Path) -> None:
 def _read_manifest(folder: Path) -> Json:
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        found = json.loads(path.read_bytes())
+        found = files.read_json(path)
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
         return found
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise JobError(
             f"{path} cannot be read ({str(error)[:200]}), so nobody can tell which job it is of; begin anew (--restart)"
         ) from None
@@ -297,8 +295,8 @@ def _read_task(path: Path, name: str, types: results.Types) -> Any:
         raise MalformedError("it is not a regular file")
     try:
         with path.open("rb") as stream:
-            if (length := int.from_bytes(stream.read(8), "little")) > _MAX_JSON:
-                raise MalformedError(f"its header claims {length} bytes; at most {_MAX_JSON} are read")
+            if (length := int.from_bytes(stream.read(8), "little")) > _MAX_HEADER:
+                raise MalformedError(f"its header claims {length} bytes; at most {_MAX_HEADER} are read")
         with safe_open(path, framework="pt") as file:
             header, count = file.metadata() or {}, len(list(file.keys()))
             stored = [file.get_tensor(str(i)) for i in range(count)]
@@ -340,7 +338,7 @@ def _append(handle: int, content: bytes) -> None:
 def _read_done(path: Path) -> tuple[dict[str, dict[str, Json]], int]:
     """Facts by unit, and where the last whole line ends; lines that are damaged are left out, with a warning."""
     try:
-        content = path.read_bytes()
+        content = files.read(path, _MAX_DONE)
     except FileNotFoundError:
         return {}, 0
     found: dict[str, dict[str, Json]] = {}

@@ -121,7 +121,7 @@ def lock(path: Path, *, wait: bool = False) -> int:
     """A handle that holds the lock file ``path`` until it is closed; a process that died holds nothing.
 
     With ``wait`` it waits until the lock is free, else it raises HeldError where another holds it. The system keeps
-    the lock (flock); where it has none (Windows), nothing is locked.
+    the lock (flock); where it or the file system has none, nothing is locked.
     """
     try:
         import fcntl
@@ -135,6 +135,10 @@ def lock(path: Path, *, wait: bool = False) -> int:
             holder = os.pread(handle, 20, 0)
             os.close(handle)
             raise HeldError(path, int(holder) if holder.isdigit() else 0) from None
+        except OSError as error:
+            if error.errno not in (*_UNABLE, errno.ENOLCK):
+                os.close(handle)
+                raise
         except BaseException:
             os.close(handle)
             raise

@@ -29,6 +29,7 @@ from torch import Tensor, fx
 from fxquant.dims import Dim, evaluate, names
 from fxquant.graph import ScalarType, TensorType, info, update_info
 from fxquant.layers import Layer, swaps_matrix
+from fxquant.lazy import real
 from fxquant.ops import operators as ops
 from fxquant.qdq import float_weight, quant_of, quantized_of, weight_error
 from fxquant.qtensor import load_scale, store_scale
@@ -358,7 +359,7 @@ def mix_constant(gm: fx.GraphModule, edit: Edit, matrix: Tensor, runs: Tensor) -
     """
     node = edit.holder.args[edit.position]
     assert isinstance(node, fx.Node)
-    old = fetch(gm, str(node.target))
+    old = real(fetch(gm, str(node.target)))
     new = old.to(torch.float64, copy=True)  # the model's own memory is not written to
     view = new.movedim(edit.axis, -1)
     view[..., runs] = view[..., runs] @ matrix.double().to(old.device)

@@ -244,15 +244,15 @@ def attach(gm: nn.Module, name: str, value: Tensor) -> None:
         owner = owner.get_submodule(part)
     if hasattr(owner, leaf):
         raise ValueError(f"{name} exists already; take a free_name or detach it first")
-    owner.register_buffer(leaf, value)
+    owner.register_buffer(leaf, spool.keep(value))
 
 
 def write(gm: nn.Module, name: str, value: Tensor) -> None:
     """Give the tensor ``name`` of the module other values of the same type, in place where it is in memory."""
     held = fetch(gm, name)
-    if isinstance(held, Lazy):
+    if isinstance(held, Lazy) or spool.is_open():  # what is written to a mapped file would be in memory from then on
         detach(gm, name)
-        attach(gm, name, spool.keep(value))
+        attach(gm, name, value)
     else:
         held.copy_(value)
 

@@ -36,6 +36,11 @@ def into(folder: Path | None) -> Iterator[None]:
         _FOLDER.reset(before)
 
 
+def is_open() -> bool:
+    """Whether ``keep`` keeps tensors in files."""
+    return _FOLDER.get() is not None
+
+
 def keep(value: Any) -> Any:
     """``value``, its tensors from a file where a spool is open and they are large: equal in every bit and stride."""
     folder = _FOLDER.get()

@@ -35,6 +35,10 @@ passes:
 TEXT = "The river had been rising since the morning, and by noon the lower fields were under water.\n" * 60
 
 
+MORE: list[str] = []
+"""Options that every process has."""
+
+
 def child(log: str, arguments: list[str]) -> None:
     """``fxquant`` with these arguments; a line in ``log`` for each task that begins and ends."""
     from fxquant import cli, tasks
@@ -52,9 +56,54 @@ def child(log: str, arguments: list[str]) -> None:
     cli.main()
 
 
-def started(folder: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
+class Forked:
+    """A process that begins with all that this one has imported; otherwise as one of subprocess."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.code: int | None = None
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                os._exit(code)
+        self.pid = pid
+
+    def wait(self, timeout: float = 1e9) -> int:
+        end = time.monotonic() + timeout
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                raise subprocess.TimeoutExpired("fork", timeout)
+            else:
+                time.sleep(0.01)
+        return self.code
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+FORK: list[bool] = []
+
+
+def in_fork(folder: Path, log: Path, arguments: list[str]) -> None:
+    told = os.open(folder / "told.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(told, 1)
+    os.dup2(told, 2)
+    os.chdir(folder)
+    child(str(log), arguments)
+
+
+def started(folder: Path, log: Path, *more: str) -> subprocess.Popen[bytes] | Forked:
     """A process that compiles the model in ``folder`` to its ``out``."""
-    arguments = ["compile", "model", "-c", "config.yaml", "--calibration", "text.txt", "-o", "out", *more]
+    arguments = ["compile", "model", "-c", "config.yaml", "--calibration", "text.txt", "-o", "out", *MORE, *more]
+    if FORK:
+        return Forked(lambda: in_fork(folder, log, arguments))
     command = [sys.executable, str(Path(__file__).resolve()), "--child", str(log), *arguments]
     root = str(Path(__file__).resolve().parent.parent)
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
@@ -95,7 +144,7 @@ def prepared(folder: Path) -> None:
     (folder / "text.txt").write_text(TEXT)
 
 
-def begun(folder: Path, process: subprocess.Popen[bytes]) -> bool:
+def begun(folder: Path, process: subprocess.Popen[bytes] | Forked) -> bool:
     """Wait until the job's folder is made; False where the process ends before."""
     while not (folder / "out.job").exists():
         try:
@@ -154,15 +203,8 @@ STEPS = ("replace", "rename", "fsync", "exchange")
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run ``work`` in a process of its own, which begins with all that is imported here; how it ended."""
-    if (pid := os.fork()) == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(pid, 0)[1]
+    """Run ``work`` in a process of its own; how it ended."""
+    return Forked(work).wait()
 
 
 def watched(folder: Path, log: Path, at: str = "") -> None:
@@ -226,7 +268,7 @@ def moments(chosen: str) -> None:
                 first.unlink(missing_ok=True)
                 second.unlink(missing_ok=True)
                 killed = forked(lambda: watched(folder, first, point))  # noqa: B023
-                if killed != signal.SIGKILL:  # this way has no such step
+                if killed != -signal.SIGKILL:  # this way has no such step
                     assert killed == 0
                     continue
                 done = on_disk(folder)
@@ -245,11 +287,27 @@ def steps(log: Path) -> list[str]:
     return lines(log, "step ")
 
 
+def preload() -> None:
+    """Import what every process would, and compute nothing: threads do not live on in a fork."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    from fxquant import checkpoints, cli, engines, evaluate, pipeline, stream  # noqa: F401
+
+    torch.set_num_threads(1)
+    FORK.append(True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stream", action="store_true", help="weights go to the output one after the other")
+    parser.add_argument("--forked", action="store_true", help="fork instead of starting anew: quicker, less to import")
     given = parser.parse_args()
+    if given.forked:
+        preload()
+    MORE.append("--stream" if given.stream else "--no-stream")
     draw, where, finished, solved = random.Random(given.seed), Counter[str](), 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -277,6 +278,17 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     assert told.value.pid == os.getpid()
     os.close(handle)
     os.close(outputs.lock(tmp_path / "lock"))
+
+
+def test_a_file_system_without_locks_can_be_written(
+    models: list[CompiledModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    models[0].export_onnx(tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ from checkpoint_models import llama
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant import checkpoints, stream
+from fxquant import checkpoints, stream, weight_writer
 from fxquant.cli import app
 from fxquant.config import ConfigLike, load_config
-from fxquant.errors import ConfigError, ModelError, SaveError, WeightError
+from fxquant.errors import ModelError, SaveError, WeightError
 from fxquant.lazy import Lazy
 from fxquant.program import quiet
 from fxquant.tasks import IN_PROCESS
+from fxquant.units import Unit
 
 WINDOWS = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
 
@@ -52,6 +53,12 @@ CONFIGS: dict[str, ConfigLike] = {
                "passes": [{"search_formats": {"steps": 4, "rounds": 1}}]},
     "lorc": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"lorc": {"rank": 4}}]},
     "zq_local": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"zq_local": {"iterations": 2}}]},
+    "smooth": {"rules": [{"match": "*", "weight": "int8/channel", "activation": "int8/token"}], "passes": ["smooth"]},
+    "rotate": {"rules": [{"match": "*", "weight": "e2m1/group32"}], "passes": ["rotate"]},
+    "zq_global": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": [{"zq_global": {"iterations": 4}}]},
+    "fpq": "W4A4-FPQ",
+    "gwq": {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": ["gwq"]},
+    "pb_llm": {"rules": [{"match": "*", "weight": "int4/channel"}], "passes": ["pb_llm"]},
 }  # fmt: skip
 
 
@@ -60,7 +67,7 @@ def test_the_weights_are_those_of_compiling_in_memory(
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fxquant.spool.LARGE", 1)  # what is kept between layers goes through files
-    monkeypatch.setattr("fxquant.stream.ELEMENTS", 1000)
+    monkeypatch.setattr("fxquant.units.ELEMENTS", 1000)
     streamed, in_memory = both(folder, tmp_path, CONFIGS[name], calibration=WINDOWS)
     assert (streamed / "model.safetensors").read_bytes() == (in_memory / "model.safetensors").read_bytes()
     a, b = (json.loads((path / "graph.json").read_text()) for path in (streamed, in_memory))
@@ -96,12 +103,14 @@ def test_layers_are_observed_as_in_memory(folder: Path, tmp_path: Path) -> None:
         assert layer.scale == by_name[layer.name].scale
 
 
-def test_methods_of_several_layers_are_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
+def test_workers_write_the_same(folder: Path, tmp_path: Path) -> None:
     lazy = checkpoints.load_model(folder, lazy=True)
-    config = {"rules": [{"match": "*", "weight": "e2m1/channel"}], "passes": ["rotate"]}
-    with pytest.raises(ConfigError, match=r"rotate changes several layers.*without --stream"):
-        stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, config)
-    assert not (tmp_path / "out").exists()
+    config = {"rules": [{"match": "*", "weight": "e2m1/group32:e8m0"}]}
+    stream.compile_to(tmp_path / "here", lazy.model, lazy.example_inputs, config)
+    with fxquant.executor("processes", workers=2) as executor:
+        stream.compile_to(tmp_path / "there", lazy.model, lazy.example_inputs, config, executor=executor)
+    for name in ("model.safetensors", "graph.json"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
 
 
 def test_a_bad_weight_is_named_and_nothing_is_left(folder: Path, tmp_path: Path) -> None:
@@ -134,14 +143,14 @@ def test_gguf_files_cannot_be_streamed(tmp_path: Path) -> None:
 def test_a_job_that_was_stopped_goes_on_and_writes_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxquant.stream.FLUSH", 1)
+    monkeypatch.setattr("fxquant.weight_writer.FLUSH", 1)
     lazy = checkpoints.load_model(folder, lazy=True)
     stream.compile_to(tmp_path / "whole", lazy.model, lazy.example_inputs)
     rounded: list[str] = []
-    real = stream._round
+    real = weight_writer.pack_unit
 
     def until(stop: int) -> Any:
-        def call(unit: stream.Unit, *rest: Any) -> Any:
+        def call(unit: Unit, *rest: Any) -> Any:
             if len(rounded) == stop:
                 raise KeyboardInterrupt
             rounded.append(unit.name)
@@ -151,21 +160,22 @@ def test_a_job_that_was_stopped_goes_on_and_writes_the_same(
 
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     for stop in (4, 9):
-        monkeypatch.setattr(stream, "_round", until(stop))
+        monkeypatch.setattr(weight_writer, "pack_unit", until(stop))
         with pytest.raises(KeyboardInterrupt):
             stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(stream, "_round", until(-1))
+    monkeypatch.setattr(weight_writer, "pack_unit", until(-1))
     stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs, job=tmp_path / "job")
     for name in ("model.safetensors", "graph.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert len(rounded) <= len(set(rounded)) + 2, "what was written is not written again, but what was on its way"
+    on_their_way = 2 * 1 + 2  # of one worker
+    assert len(rounded) <= len(set(rounded)) + 2 * on_their_way
 
 
 def test_weights_that_are_damaged_in_a_job_are_written_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fxquant.stream.FLUSH", 1)
+    monkeypatch.setattr("fxquant.weight_writer.FLUSH", 1)
     lazy = checkpoints.load_model(folder, lazy=True)
     stream.compile_to(tmp_path / "whole", lazy.model, lazy.example_inputs, job=tmp_path / "job")
     file = tmp_path / "job" / "model.safetensors"

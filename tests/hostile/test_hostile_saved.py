@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_store import net
 
 import fxquant
+from fxquant import files
 from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.store import load, save
 
@@ -230,3 +231,22 @@ def test_a_folder_that_is_not_packed(packed: Path, tmp_path: Path) -> None:
 
     row = Row(copied(settings(quantization_config=None), packed), load_packed, ModelError, "holds no weights that")
     check(row, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "count", "message"),
+    [
+        ("[[[[]]]],", files.MAX_CONTAINERS // 4 - 1, "not the graph of a saved fxquant model"),
+        ("[[[[]]]],", files.MAX_CONTAINERS // 4 + 1, "at most 4194304 are read"),
+    ],
+)
+def test_json_as_large_as_it_may_be_takes_less_than_a_gigabyte(
+    unit: str, count: int, message: str, saved: Path, tmp_path: Path
+) -> None:
+    def change(folder: Path) -> None:
+        (folder / "graph.json").write_text("[" + unit * count + "1]")
+
+    folder, before = copied(change, saved)(tmp_path), resident()
+    with pytest.raises(LoadError, match=message):
+        fxquant.load(folder)
+    assert peak() - before < BYTES
