@@ -104,11 +104,16 @@ def summarize(path: str | Path) -> OnnxSummary:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type)
         weights[kind] += len(tensor.raw_data) or sum(int(e.value) for e in tensor.external_data if e.key == "length")
     opset = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
-    metadata = {shown(p.key): shown(p.value) for p in model.metadata_props}
+    metadata = {_text(p.key): _text(p.value) for p in model.metadata_props}
     producer = shown(f"{model.producer_name} {model.producer_version}").strip()
     return OnnxSummary(
         str(file), nbytes, opset, producer, dict(operators.most_common()), dict(weights.most_common()), metadata
     )
+
+
+def _text(value: str | bytes) -> str:
+    """A text of the file, which protobuf hands out as bytes where it is not UTF-8."""
+    return shown(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -55,7 +55,7 @@ class CompiledModel:
     def _on_gpu(self) -> bool:
         return any(fetch(self.program.gm, str(node.target)).is_cuda for node in get_attrs(self.program.gm.graph))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """The model's output, of the model's own type; of dicts, lists and tuples after ``load``. No gradients.
 
         Raises InputError, naming the input, for what does not fit the signature.

@@ -478,7 +478,7 @@ class OnnxModel:
         self.inputs = [item.name for item in self.declared]
         self.outputs = [item.name for item in self.session.get_outputs()]
 
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+    def __call__(self, /, **inputs: Tensor) -> dict[str, Tensor]:
         inputs |= left_out(self.declared, inputs)
         if set(inputs) != set(self.inputs):
             raise InputError(f"inputs {sorted(inputs)} given; the ONNX model takes {self.inputs}")

@@ -45,7 +45,7 @@ class Program:
     trace: list[Step] = field(default_factory=list)
     observations: Observations | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the program as the model it was captured from."""
         outputs = self.gm(*self.signature.bind(args, kwargs))
         return self.signature.unflatten(outputs)

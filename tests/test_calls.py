@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fxquant
 from fxquant.capture import capture
 from fxquant.errors import CaptureError, InputError, WeightError
 from fxquant.symbolic import trace_symbolically
@@ -179,3 +180,13 @@ def test_several_threads() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(compiled, range(6)))
+
+
+@pytest.mark.parametrize("name", ["self", "args", "program"])
+def test_an_input_of_any_name_is_refused_as_an_input(name: str) -> None:
+    """Names come from files of inputs (``--data``)."""
+    compiled = fxquant.compile(
+        torch.nn.Linear(4, 3), (torch.randn(2, 4),), {"rules": [{"match": "*", "weight": "fp8"}]}
+    )
+    with pytest.raises(InputError, match=f"unknown input '{name}'"):
+        compiled(**{name: torch.randn(2, 4)})

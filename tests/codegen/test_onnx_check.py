@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from test_onnx_export import Cnn, Mlp, Tokens, compiled, padded, tiny_bert, tokens
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -189,6 +189,13 @@ def test_a_file_says_what_it_is(folder: Path, tmp_path: Path) -> None:
     assert json.loads(json.dumps(found.to_dict()))["opset"] == 21
     with pytest.raises(ModelError, match="cannot be read as an ONNX file"):
         summarize(folder / "graph.json")
+
+
+def test_a_property_that_is_no_utf_8_is_shown(tmp_path: Path) -> None:
+    model = helper.make_model(helper.make_graph([], "g", [], []))
+    model.metadata_props.add(key="made", value="x?y")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString().replace(b"x?y", b"x\xffy"))
+    assert summarize(tmp_path / "m.onnx").metadata == {"made": "x\ufffdy"}
 
 
 def test_the_digest_is_of_every_bit() -> None:
