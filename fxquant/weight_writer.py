@@ -37,6 +37,8 @@ FLUSH = 1 << 28
 """Bytes that are written before the disk is told to take them, and a journal notes them."""
 BATCH = 32
 """Weights whose sampled rows are looked at together; more only cost memory."""
+UNITS_AHEAD = 8
+"""Units that a thread may be ahead, so that it has work while the disk is waited for."""
 AHEAD = 1 << 29
 """Bytes that the system is asked to read before they are needed."""
 Found = tuple[float, Seen] | None
@@ -151,7 +153,12 @@ def _packed(units: Sequence[Unit], file: WeightFile, executor: Executor) -> Iter
         yield _by_workers(units, file, executor)
         return
     with _ReadAhead([unit.sources for unit in units]) as ahead:
-        yield _in_threads(lambda unit: pack_unit(unit, file.write), units, ahead.reached)
+
+        def packed(at: int) -> Found:
+            ahead.reached(at)
+            return pack_unit(units[at], file.write)
+
+        yield _in_threads(packed, len(units))
 
 
 class Packet:
@@ -185,19 +192,17 @@ def _by_workers(units: Sequence[Unit], file: WeightFile, executor: Executor) -> 
         yield finished()
 
 
-def _in_threads(
-    function: Callable[[Unit], Result], units: Sequence[Unit], reached: Callable[[int], None]
-) -> Iterator[Result]:
-    """The results in order, of as many threads as torch has, each with one of its own: rounding is elementwise, so
-    that neither changes a bit, and several weights at a time keep cores busier than several parts of one."""
+def _in_threads(function: Callable[[int], Result], count: int) -> Iterator[Result]:
+    """``function`` of 0 to ``count - 1``, in order, by as many threads as torch has, each with one of its own: rounding
+    is elementwise, so that neither changes a bit, and several weights at a time keep cores busier than several parts
+    of one."""
     workers = torch.get_num_threads()
     with single_threaded(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = deque[Future[Result]]()
         try:
-            for i, unit in enumerate(units):
-                waiting.append(pool.submit(function, unit))
-                reached(max(i - 2 * workers, 0))
-                if len(waiting) > 2 * workers:
+            for at in range(count):
+                waiting.append(pool.submit(function, at))
+                if len(waiting) > UNITS_AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -227,7 +232,7 @@ class _ReadAhead:
 
     def reached(self, unit: int) -> None:
         with self._changed:
-            self._at = unit
+            self._at = max(self._at, unit)
             self._changed.notify_all()
 
     def _run(self) -> None:
