@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook 
 from fxquant import files
 from fxquant.errors import FxquantError, ModelError
 from fxquant.headers import INDEX, StoredTensor
+from fxquant.memory import total as memory
 from fxquant.rewrite import unwritable
 
 TOKENIZER_FILES = (
@@ -182,14 +183,3 @@ def check_memory(path: Path, nbytes: int) -> None:
         if path.is_file():
             advice = "use a larger machine, or compile the folder of safetensors that it was made from with --stream"
         raise ModelError(f"{path} takes {nbytes:,} bytes in float32, and this machine has {most:,} of memory; {advice}")
-
-
-def memory() -> int:
-    """Bytes of memory of this machine, or that this process's control group may use."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            found.append(int(files.text(file, 64)))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return min(found)

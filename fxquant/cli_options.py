@@ -84,15 +84,15 @@ def check_hf(settings: Config, out: Path, graph_only: bool, overwrite: bool) -> 
 
 def streams(model: Path) -> bool:
     """Whether a model is compiled without being in memory as a whole, where nobody said; a note where it is."""
-    from fxquant import claims
+    from fxquant import memory
     from fxquant.headers import folder_tensors
 
     if not model.is_dir():
         return False
     needed = sum(4 * math.prod(tensor.shape) for tensor in folder_tensors(model).values())
-    if 2 * needed <= (memory := claims.memory()):
+    if 2 * needed <= (most := memory.total()):
         return False
-    note(f"{model.resolve().name} takes {needed / 1e9:.1f} GB in float32, of {memory / 1e9:.1f} GB of memory: its "
+    note(f"{model.resolve().name} takes {needed / 1e9:.1f} GB in float32, of {most / 1e9:.1f} GB of memory: its "
          f"weights are streamed; --no-stream compiles it in memory, and measures its outputs")  # fmt: skip
     return True
 

@@ -28,8 +28,10 @@ class Rounding:
     name: str = "tensor"
 
     @property
-    def rows(self) -> int:
-        return to_matrix(self.weight.like, self.spec, self.channel_dims).shape[0]
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight as a matrix."""
+        rows, cols = to_matrix(self.weight.like, self.spec, self.channel_dims).shape
+        return rows, cols
 
     def quantized(self) -> QuantizedTensor:
         return _rounded(self)
@@ -39,7 +41,7 @@ class Rounding:
 
         Where a scale is of more than some rows, or rows cannot be read alone, it is the whole matrix at once.
         """
-        rows, cols = to_matrix(self.weight.like, self.spec, self.channel_dims).shape
+        rows, cols = self.shape
         step = self.spec.block(rows, cols)[0]
         alone = self.weight.has_rows and self.weight.dim() == 2 and self.channel_dims == 1
         along = isinstance(self.spec.granularity, PerChannel) and self.spec.granularity.axis

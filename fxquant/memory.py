@@ -7,11 +7,13 @@ what a job had finished is kept (``journal``).
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fxquant import files
 from fxquant.errors import MemoryLimitError
 
 _WANTED = re.compile(r"tried to allocate (\d+) bytes|unable to mmap (\d+) bytes|Unable to allocate ([\d.]+ \w+)")
@@ -84,3 +86,14 @@ def _proc(path: str, field: str) -> int:
 
 def _size(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def total() -> int:
+    """Bytes of memory of this machine, or that this process's control group may use."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(files.text(file, 64)))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return min(found)

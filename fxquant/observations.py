@@ -90,7 +90,7 @@ class LayerObservation:
 
 @dataclass(frozen=True, slots=True)
 class Observations:
-    """``rows``: how many rows of each weight were looked at. ``inputs``: where the inputs came from, "" for none."""
+    """``rows``: how many rows of each weight were looked at, at most. ``inputs``: where they came from, "" for none."""
 
     layers: tuple[LayerObservation, ...]
     rows: int

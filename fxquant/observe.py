@@ -26,7 +26,8 @@ from fxquant.scales import Scales, power_of_two, spread
 from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
 ROWS = 32
-"""Rows of a weight that are looked at."""
+"""Rows of a weight that are looked at, fewer where they are so long that they hold more than LOOKED values."""
+LOOKED = 1 << 16
 VALUES = 1 << 16
 """Values of an input that its histogram is made of."""
 CANDIDATES = (
@@ -53,9 +54,9 @@ def told(found: Sequence[Seen]) -> tuple[LayerObservation, ...]:
     return tuple(seen.told(candidates) for seen, candidates in zip(found, _candidates(found), strict=True))
 
 
-def sampled_rows(rows: int) -> Tensor:
+def sampled_rows(rows: int, cols: int) -> Tensor:
     """Which of the rows of a weight are looked at, int64."""
-    return torch.linspace(0, rows - 1, min(rows, ROWS)).long()
+    return torch.linspace(0, rows - 1, min(rows, ROWS, max(LOOKED // max(cols, 1), 4))).long()
 
 
 @dataclass
@@ -131,7 +132,7 @@ class _Watch(fx.Interpreter):
         quant = quant_of(node)
         if quant.weight in self.seen:
             return
-        some = sampled_rows(q.codes.shape[0])
+        some = sampled_rows(*q.codes.shape)
         W, got = (_matrix(x, q)[some.to(value.device)].float().cpu() for x in (float_weight(self.gm, node), value))
         shape = (q.codes.shape[0], q.codes.shape[1])
         self.seen[quant.weight] = see(layer_name(node), W, got, q.scales, q.spec, shape, q.exponent_bias)
@@ -161,7 +162,7 @@ def see(
     exponents: Tensor | None = None,
 ) -> Seen:  # fmt: skip
     """A weight ``[rows, cols]`` of that ``shape``: its ``sampled_rows`` W and got, and all its scales."""
-    some = sampled_rows(shape[0])
+    some = sampled_rows(*shape)
     if exponents is not None:  # folded: the weight is that of an input 2^bias times as large
         got = got * power_of_two(exponents.int().cpu())
     logs = histogram(scales.effective.log2(), unit="log2")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxquant import outputs, pipeline, spool, store
+from fxquant import memory, outputs, pipeline, spool, store
 from fxquant.calibrate import Calibration
 from fxquant.capture import capture
 from fxquant.compiled import CompiledModel
@@ -31,6 +31,7 @@ from fxquant.errors import FxquantError, SaveError
 from fxquant.graph import WeightQuant, info, update_info
 from fxquant.jobs import Job, kept
 from fxquant.journal import Journaled
+from fxquant.lazy import FromFile
 from fxquant.observations import Observations
 from fxquant.observe import ROWS
 from fxquant.origin import of_path, origin
@@ -39,7 +40,7 @@ from fxquant.rewrite import fetch, get_attrs
 from fxquant.show.summary import model_bytes
 from fxquant.tasks import IN_PROCESS, Executor
 from fxquant.units import sources_of
-from fxquant.weight_writer import Written, layer_names, write_weights
+from fxquant.weight_writer import ReadAhead, Written, layer_names, write_weights
 
 
 def compile_to(
@@ -70,7 +71,8 @@ def compile_to(
     pipeline.check_calibration(settings, calibration)
     store.check_place(target, overwrite)
     progress("capture", 0, 0)
-    program = capture(model, example_inputs)
+    with ReadAhead([[source] for source in _sources(model)], memory.total() // 4):
+        program = capture(model, example_inputs)
     batches = pipeline.batches_for(settings, program, calibration)
     made_from = origin(
         program, settings, source=job.source if isinstance(job, Job) else _source(program), examples=example_inputs,
@@ -97,6 +99,12 @@ def compile_to(
             raise
         raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
     return pipeline.load(target)
+
+
+def _sources(model: nn.Module) -> list[FromFile]:
+    """The parts of files that a model's weights are read from, in the order of the files."""
+    found = {source for value in model.state_dict().values() for source in sources_of(value)}
+    return sorted(found, key=lambda source: (str(source.path), source.begin))
 
 
 def _source(program: Program) -> dict[str, Json] | None:

@@ -17,7 +17,7 @@ from fxquant.observe import Seen, sampled_rows, see
 from fxquant.qtensor import error_squares
 from fxquant.scales import Scales
 
-ELEMENTS = 1 << 19
+ELEMENTS = 1 << 20
 """Values of a weight that are in memory at a time, so few that they stay in a core's cache."""
 Put = Callable[[str, Tensor, int], None]
 """Takes the values of a tensor, by its name, from some row on."""
@@ -95,7 +95,7 @@ def _round(unit: Unit, rounding: Rounding, put: Put) -> tuple[float, Seen]:
     lost, whole = list[float](), list[float]()
     sampled, scales = list[tuple[Tensor, Tensor]](), list[Scales]()
     rows, cols = 0, 0
-    wanted = sampled_rows(rounding.rows)
+    wanted = sampled_rows(*rounding.shape)
     for where, x, q in rounding.in_rows(ELEMENTS):
         q.check()
         for name, value in unit.tensors.items():

@@ -5,9 +5,14 @@ Tests of the kernels themselves are marked ``kernels``.
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from fxquant.codegen import cpu
+
+# a process that a shell put into the background ignores Ctrl-C, and so would all that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -144,7 +144,7 @@ def test_onnx_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"inputs \['ids'\] given; the ONNX model takes \['input_ids'\]"):
         model(ids=windows)
     (tmp_path / "bad.onnx").write_bytes(b"no model")
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match="cannot be read as an ONNX file"):
         OnnxModel(tmp_path / "bad.onnx")
 
 

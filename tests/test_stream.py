@@ -248,6 +248,7 @@ def test_the_command_streams_where_it_is_told_to(folder: Path, tmp_path: Path) -
 
 def test_the_command_streams_what_would_not_fit(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxquant.claims.memory", lambda: 100_000)
+    monkeypatch.setattr("fxquant.memory.total", lambda: 100_000)
     done = CliRunner().invoke(app, ["compile", str(folder), "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "its weights are streamed" in done.stderr.replace("\n", " ")
