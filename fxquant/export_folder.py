@@ -157,12 +157,17 @@ def _check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise SaveError(f"{target} exists already; choose another folder, or pass overwrite (--overwrite)")
+    method, why = None, ""
     try:
         method = files.read_json(target / "config.json")["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):
-        method = None
+    except OSError as error:
+        why = f" (config.json cannot be read: {error})"
+    except (ValueError, KeyError, TypeError):
+        pass
     if method != _METHOD or target.is_symlink():
-        raise SaveError(f"{target} is not a folder of compressed-tensors, so it is not overwritten; choose another")
+        raise SaveError(
+            f"{target} is not a folder of compressed-tensors, so it is not overwritten; choose another{why}"
+        )
 
 
 def _write(

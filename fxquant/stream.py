@@ -3,7 +3,7 @@
     folder --headers--> module of Lazy weights --capture--> graph --passes--> packed graph of Lazy weights --> files
 
 The graph is traced by shapes and rewritten by the same passes as in memory; rounding to nearest is put off
-(``deferred``) until a weight is written: its rows are read from the mapped file, cast, rounded, packed and put where
+(``deferred``) until a weight is written: its rows are read from their file, cast, rounded, packed and put where
 they belong in the new file, some megabytes at a time, while the next are read ahead and the last are on their way to
 the disk. Methods that calibrate walk the graph layer by layer; what they keep between layers lies in the spool.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from fxquant.observations import Observations
 from fxquant.observe import ROWS
 from fxquant.origin import of_path, origin
 from fxquant.program import Measured, Program, Progress, quiet
-from fxquant.rewrite import fetch, get_attrs
 from fxquant.show.summary import model_bytes
 from fxquant.tasks import IN_PROCESS, Executor
 from fxquant.units import sources_of
@@ -71,11 +70,12 @@ def compile_to(
     pipeline.check_calibration(settings, calibration)
     store.check_place(target, overwrite)
     progress("capture", 0, 0)
-    with ReadAhead([[source] for source in _sources(model)], memory.total() // 4):
+    sources = _sources(model)
+    with ReadAhead([[source] for source in sources], memory.total() // 4):
         program = capture(model, example_inputs)
     batches = pipeline.batches_for(settings, program, calibration)
     made_from = origin(
-        program, settings, source=job.source if isinstance(job, Job) else _source(program), examples=example_inputs,
+        program, settings, source=job.source if isinstance(job, Job) else _identity(sources), examples=example_inputs,
         calibration=batches, packages=pipeline.packages_of(model),
     )  # fmt: skip
     given = {"calibration": batches, "progress": progress, "executor": executor}
@@ -107,10 +107,9 @@ def _sources(model: nn.Module) -> list[FromFile]:
     return sorted(found, key=lambda source: (str(source.path), source.begin))
 
 
-def _source(program: Program) -> dict[str, Json] | None:
+def _identity(sources: Sequence[FromFile]) -> dict[str, Json] | None:
     """What tells the files that weights are read from; None for a model whose weights are in memory."""
-    values = (fetch(program.gm, str(node.target)) for node in get_attrs(program.gm.graph))
-    folders = sorted({source.path.parent for value in values for source in sources_of(value)})
+    folders = sorted({source.path.parent for source in sources})
     return {"folders": [of_path(folder) for folder in folders]} if folders else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,21 @@ def command(*args: str) -> Callable[[Path], Any]:
         raise CommandError(" ".join(done.stderr.replace("│", " ").split()))
 
     return read
+
+
+Change = Callable[[Path], Any]
+"""Damages a folder."""
+
+
+def damaged(change: Change, source: Path) -> Callable[[Path], Path]:
+    """Makes a copy of the folder ``source`` that ``change`` has been at."""
+
+    def make(place: Path) -> Path:
+        shutil.copytree(source, place / "m")
+        change(place / "m")
+        return place / "m"
+
+    return make
 
 
 def check(row: Row, place: Path) -> None:

@@ -240,12 +240,7 @@ def noted(made: Journal) -> dict[str, Any]:
 
 
 def test_every_prefix_of_the_facts_is_read(tmp_path: Path) -> None:
-    with_task(tmp_path)
-    made = journal(tmp_path)
-    for name, facts in FACTS.items():
-        made.note(name, facts)
-    made.close()
-    path = tmp_path / "out.job" / DONE
+    path = with_facts(tmp_path)
     content = path.read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == 10]
     for length in range(len(content) + 1):
@@ -267,13 +262,18 @@ def with_task(tmp_path: Path) -> None:
     made.close()
 
 
-def test_altered_facts_are_left_out(tmp_path: Path) -> None:
+def with_facts(tmp_path: Path) -> Path:
+    """A job with FACTS; the file that holds them."""
     with_task(tmp_path)
     made = journal(tmp_path)
     for name, facts in FACTS.items():
         made.note(name, facts)
     made.close()
-    path = tmp_path / "out.job" / DONE
+    return tmp_path / "out.job" / DONE
+
+
+def test_altered_facts_are_left_out(tmp_path: Path) -> None:
+    path = with_facts(tmp_path)
     content = path.read_bytes()
     for at in range(len(content)):
         path.write_bytes(content[:at] + bytes([content[at] ^ 0x04]) + content[at + 1 :])

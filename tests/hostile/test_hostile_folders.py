@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_files import CommandError, Row, check, command
+from hostile_files import Change, CommandError, Row, check, command, damaged
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from tiny_language import save_tiny
 from fxquant.checkpoints import empty_model, load_model, read_tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-Change = Callable[[Path], None]
 DROP = object()
 
 
@@ -202,15 +201,6 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "pickles": (both(bomb("x.zip"), content("config.json", "{}"), content("pytorch_model.bin", b"x")), "may run code"),
     "packed, and no table": (config(quantization_config={"quant_method": "fxquant"}), "was quantized by fxquant"),
 }  # fmt: skip
-
-
-def damaged(change: Change, tiny: Path) -> Callable[[Path], Path]:
-    def make(place: Path) -> Path:
-        shutil.copytree(tiny, place / "m")
-        change(place / "m")
-        return place / "m"
-
-    return make
 
 
 @pytest.mark.parametrize("case", FOLDERS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_files import BYTES, CommandError, Row, check, command, peak, resident
+from hostile_files import BYTES, Change, CommandError, Row, check, command, damaged, peak, resident
 from safetensors.torch import load_file, save_file
 from test_store import net
 
@@ -22,7 +21,6 @@ from fxquant import files
 from fxquant.errors import FxquantError, LoadError, ModelError
 from fxquant.store import load, save
 
-Change = Callable[[Path], Any]
 BIG = 2**62
 
 
@@ -32,15 +30,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(net("uint4/group8")[0], folder, config={"rules": [{"match": "*", "weight": "uint4/group8"}]})
     load(folder)
     return folder
-
-
-def copied(change: Change, source: Path) -> Callable[[Path], Path]:
-    def make(place: Path) -> Path:
-        shutil.copytree(source, place / "m")
-        change(place / "m")
-        return place / "m"
-
-    return make
 
 
 def document(change: Callable[[Any], Any]) -> Change:
@@ -102,7 +91,7 @@ SAVED: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("case", SAVED)
 def test_a_saved_model_that_lies(case: str, saved: Path, tmp_path: Path) -> None:
     change, message = SAVED[case]
-    check(Row(copied(change, saved), fxquant.load, LoadError, message), tmp_path)
+    check(Row(damaged(change, saved), fxquant.load, LoadError, message), tmp_path)
 
 
 @pytest.mark.parametrize("case", ["graph is a FIFO", "escape codes in the trace", "header of 1 EB"])
@@ -110,13 +99,13 @@ def test_a_saved_model_that_lies(case: str, saved: Path, tmp_path: Path) -> None
 def test_commands_say_the_same(case: str, words: tuple[str, ...], saved: Path, tmp_path: Path) -> None:
     change, message = SAVED[case]
     message = message if words[0] != "generate" else "no tokenizer|holds|regular file|" + message
-    check(Row(copied(change, saved), command(*words), CommandError, message), tmp_path)
+    check(Row(damaged(change, saved), command(*words), CommandError, message), tmp_path)
 
 
 def test_loading_runs_nothing(saved: Path, tmp_path: Path) -> None:
     """A graph that would fill all memory loads, and takes none until it is called; then torch says what it lacks."""
     huge = {"args": [[2**45], 1.0], "target": "aten.full.default", "info": {}}
-    folder = copied(node("relu", **huge), saved)(tmp_path)
+    folder = damaged(node("relu", **huge), saved)(tmp_path)
     (folder / "manifest.json").unlink()  # or it would say that the graph was changed
     before = resident()
     compiled = fxquant.load(folder)
@@ -134,7 +123,7 @@ def test_planted_kernels_are_never_imported(saved: Path, tmp_path: Path) -> None
                 (place / name).write_text(text)
         (folder / "__init__.py").write_text(text)
 
-    folder = copied(plant, saved)(tmp_path)
+    folder = damaged(plant, saved)(tmp_path)
     summary = str(fxquant.load(folder).summary())
     assert summary
     done = command("inspect", "FILE")
@@ -222,14 +211,14 @@ def test_packed_weights_that_lie(case: str, packed: Path, tmp_path: Path) -> Non
     from fxquant.checkpoints import load_packed
 
     change, message = PACKED[case]
-    row = Row(copied(change, packed), load_packed, FxquantError, message)
+    row = Row(damaged(change, packed), load_packed, FxquantError, message)
     check(row, tmp_path)
 
 
 def test_a_folder_that_is_not_packed(packed: Path, tmp_path: Path) -> None:
     from fxquant.checkpoints import load_packed
 
-    row = Row(copied(settings(quantization_config=None), packed), load_packed, ModelError, "holds no weights that")
+    row = Row(damaged(settings(quantization_config=None), packed), load_packed, ModelError, "holds no weights that")
     check(row, tmp_path)
 
 
@@ -246,7 +235,7 @@ def test_json_as_large_as_it_may_be_takes_less_than_a_gigabyte(
     def change(folder: Path) -> None:
         (folder / "graph.json").write_text("[" + unit * count + "1]")
 
-    folder, before = copied(change, saved)(tmp_path), resident()
+    folder, before = damaged(change, saved)(tmp_path), resident()
     with pytest.raises(LoadError, match=message):
         fxquant.load(folder)
     assert peak() - before < BYTES
