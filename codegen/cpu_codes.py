@@ -2,8 +2,9 @@
 
 What importing this registers for CPU tensors; the results are those of the reference bodies, bit for bit::
 
-    extremes(x, high, wide)           blocks of one row, x in float32
-    encode(x, scale, ...)             floats with a whole exponent bias, integers; x float32, float16, bfloat16
+    extremes(x, high, wide)           blocks of one row; x float32, float16, bfloat16, as in all of these
+    encode(x, scale, ...)             floats with a whole exponent bias, integers
+    row_squares(x, codes, scale, ...) the same formats
     pack_planar, unpack_planar        every number of bits
     fake_quantize(x, scale)           the same formats, signed; scales in fp32, one for each row, group or for all
     fake_quantize_dynamic(x)
@@ -20,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fxquant import ops, packing, scales
+from fxquant import ops, packing, qtensor, scales
 from fxquant.bulk import NAMESPACE
 from fxquant.codegen import cpu
 from fxquant.codegen.cpu_library import Activations, Blocks, Encoding, Grid, Library, Matrix, parallel, threads
@@ -36,16 +37,16 @@ _WORK = 8
 def extremes(matrix: Tensor, high: int, wide: int) -> scales.Ranges:
     """``scales.block_extremes`` for CPU tensors."""
     kernels = cpu.at_hand(matrix.numel())
-    if kernels is None or matrix.dtype != torch.float32 or high != 1 or not matrix.numel() or matrix.stride(1) != 1:
+    if kernels is None or matrix.dtype not in _TYPES or high != 1 or not matrix.numel() or matrix.stride(1) != 1:
         return scales.block_extremes(matrix, high, wide)
     return ranges_of(kernels, matrix, wide)
 
 
 def ranges_of(kernels: Library, x: Tensor, wide: int) -> scales.Ranges:
-    """The least and the largest of every ``wide`` columns of x float32 ``[rows, cols]``."""
+    """The least and the largest of every ``wide`` columns of x ``[rows, cols]``, float32."""
     low, most = (torch.empty(len(x), -(-x.shape[1] // wide)) for _ in "ab")
     kernels.extremes(
-        x.data_ptr(), *x.shape, x.stride(0), wide, low.data_ptr(), most.data_ptr(), parallel(),
+        x.data_ptr(), _TYPES[x.dtype], *x.shape, x.stride(0), wide, low.data_ptr(), most.data_ptr(), parallel(),
         threads(_WORK * x.numel()),
     )  # fmt: skip
     return low, most
@@ -66,21 +67,84 @@ def codes_of(kernels: Library, x: Tensor, given: scales.Scales, spec: QuantSpec)
     """Codes uint8 ``[rows, cols]`` of x ``[rows, cols]``; None for scales that are not of the shape of its blocks."""
     to, multiply = encoding(spec.format), spec.kind.outer == "tensor" and given.tensor_scale is not None
     factor = (1 / given.tensor_scale) / given.scale if multiply else given.effective  # type: ignore[operator]
-    factor, zero = factor.float().contiguous(), given.zero_point
-    at = blocks(factor, spec, x)
-    if at is None or to is None or (zero is not None and (zero.shape != factor.shape or zero.dtype != torch.uint8)):
+    given_as = matrix_of(x, factor.float(), given.zero_point, spec, multiply=multiply)
+    if to is None or given_as is None:
         return None
-    x, zero = x.detach().float(), None if zero is None else zero.contiguous()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    matrix = Matrix(
-        x.data_ptr(), *x.shape, x.stride(0), at, None if zero is None else zero.data_ptr(), int(multiply)
-    )  # fmt: skip
+    matrix, _held = given_as
     codes = torch.empty(x.shape, dtype=torch.uint8)
     kernels.encode(
         ctypes.addressof(matrix), ctypes.addressof(to), codes.data_ptr(), parallel(), threads(_WORK * x.numel())
     )
     return codes
+
+
+def matrix_of(
+    x: Tensor, factor: Tensor, zero: Tensor | None, spec: QuantSpec, *, multiply: bool = False
+) -> tuple[Matrix, list[Tensor | None]] | None:
+    """x ``[rows, cols]`` and its scales for a kernel, and the tensors to hold meanwhile; None for scales that are not
+    of the shape of its blocks."""
+    factor = factor.contiguous()
+    at = blocks(factor, spec, x)
+    if at is None or (zero is not None and (zero.shape != factor.shape or zero.dtype != torch.uint8)):
+        return None
+    x, zero = x.detach(), None if zero is None else zero.contiguous()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    own = None if zero is None else zero.data_ptr()
+    return Matrix(x.data_ptr(), *x.shape, x.stride(0), at, own, int(multiply), _TYPES[x.dtype]), [x, factor, zero]
+
+
+def row_squares(
+    x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, spec: str
+) -> Tensor:
+    """``qtensor.row_squares`` for CPU tensors."""
+    kernels, parsed = cpu.at_hand(x.numel()), parse_spec(spec)
+    if kernels is not None and x.dtype in _TYPES and x.numel() and measures(parsed.format):
+        sums = squares_of(kernels, x, codes, scales.Scales(scale, zero_point, tensor_scale), parsed)
+        if sums is not None:
+            return sums
+    return qtensor.row_squares(x, codes, scale, zero_point, tensor_scale, spec)
+
+
+def squares_of(kernels: Library, x: Tensor, codes: Tensor, given: scales.Scales, spec: QuantSpec) -> Tensor | None:
+    """float64 ``[rows, 2]``; None for scales that are not float32 or not of the shape of x's blocks."""
+    factor = given.effective
+    given_as = matrix_of(x, factor, given.zero_point, spec) if factor.dtype == torch.float32 else None
+    if given_as is None:
+        return None
+    (matrix, _held), table, codes = given_as, table_of(spec.format), codes.contiguous()
+    sums = torch.empty(len(x), 2, dtype=torch.float64)
+    kernels.row_squares(
+        ctypes.addressof(matrix), codes.data_ptr(), table.data_ptr(), sums.data_ptr(), parallel(),
+        threads(_WORK * x.numel()),
+    )  # fmt: skip
+    return sums
+
+
+@cache
+def table_of(format: Format) -> Tensor:
+    """The values of all 256 bytes as codes, float32; those of no code are 0."""
+    table = torch.zeros(256)
+    own = format.table().float()
+    table[: len(own)] = own
+    return table
+
+
+@cache
+def measures(format: Format) -> bool:
+    """Whether the kernels find what a format loses, and as the reference does on this machine."""
+    kernels = cpu.available()
+    if kernels is None or encoding(format) is None:
+        return False
+    x = trial(format)
+    x, spec = (x[x.isfinite() & (x.abs() <= 2 * format.max)] * 0.7).reshape(1, -1), parse_spec(f"{format}/tensor")
+    given = scales.Scales(
+        torch.full((1, 1), 0.3), torch.full((1, 1), 1, dtype=torch.uint8) if spec.has_zero_point else None
+    )
+    codes = scales.quantize(x, given, spec)
+    got = squares_of(kernels, x, codes, given, spec)
+    want = qtensor.row_squares(x, codes, given.scale, given.zero_point, None, str(spec))
+    return got is not None and torch.equal(got, want)
 
 
 def blocks(scale: Tensor, spec: QuantSpec, x: Tensor) -> Blocks | None:
@@ -255,5 +319,5 @@ def grid(format: Format) -> tuple[int, int, float] | None:
 
 
 _library = torch.library.Library(NAMESPACE, "IMPL")
-for _body in (extremes, encode, pack_planar, unpack_planar, fake_quantize, fake_quantize_dynamic):
+for _body in (extremes, encode, row_squares, pack_planar, unpack_planar, fake_quantize, fake_quantize_dynamic):
     _library.impl(_body.__name__, _body, "CPU")

@@ -79,7 +79,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         ("x", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64), ("stride", ctypes.c_int64),
-        ("scale", Blocks), ("zero", ctypes.c_void_p), ("multiply", ctypes.c_int32),
+        ("scale", Blocks), ("zero", ctypes.c_void_p), ("multiply", ctypes.c_int32), ("type", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -108,6 +108,7 @@ class Library:
     rows: ctypes._NamedFuncPointer
     extremes: ctypes._NamedFuncPointer
     encode: ctypes._NamedFuncPointer
+    row_squares: ctypes._NamedFuncPointer
     pack: ctypes._NamedFuncPointer
     unpack: ctypes._NamedFuncPointer
     round: ctypes._NamedFuncPointer
@@ -164,12 +165,13 @@ def _loaded(isa: InstructionSet, path: Path) -> Library:
     rows.argtypes = [pointer, pointer, size, pointer, pointer, size]
     encode, pack, unpack, round_ = found.fxquant_encode, found.fxquant_pack, found.fxquant_unpack, found.fxquant_round
     encode.restype, pack.restype, unpack.restype, round_.restype = None, count, None, count
-    extremes = found.fxquant_extremes
-    extremes.restype, extremes.argtypes = None, [pointer, *[size] * 4, pointer, pointer, pointer, size]
+    extremes, squares = found.fxquant_extremes, found.fxquant_row_squares
+    extremes.restype, extremes.argtypes = None, [pointer, count, *[size] * 4, pointer, pointer, pointer, size]
     encode.argtypes = [pointer, pointer, pointer, pointer, size]
+    squares.restype, squares.argtypes = None, [pointer, pointer, pointer, pointer, pointer, size]
     pack.argtypes = unpack.argtypes = [pointer, size, size, size, count, pointer, pointer, size]
     round_.argtypes = [pointer, pointer, size]
-    return Library(isa, path, linear, rows, extremes, encode, pack, unpack, round_)
+    return Library(isa, path, linear, rows, extremes, encode, squares, pack, unpack, round_)
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fxquant.lazy import Called, Lazy
+from fxquant.lazy import Called, Lazy, as_stored
 from fxquant.qtensor import QuantizedTensor, check_kind, quantize_tensor, to_matrix
 from fxquant.scheme import PerChannel, QuantSpec
 
@@ -37,7 +37,8 @@ class Rounding:
         return _rounded(self)
 
     def in_rows(self, elements: int) -> Iterator[tuple[slice, Tensor, QuantizedTensor]]:
-        """The float weight and what it is rounded to, some rows ``[rows, cols]`` at a time of about ``elements`` each.
+        """The float weight, as it is stored or wider, and what it is rounded to, rows ``[rows, cols]`` of about
+        ``elements`` values at a time.
 
         Where a scale is of more than some rows, or rows cannot be read alone, it is the whole matrix at once.
         """
@@ -51,8 +52,9 @@ class Rounding:
             yield slice(0, rows), to_matrix(x, self.spec, self.channel_dims), q
             return
         step *= max(1, elements // (step * cols))
+        exact = as_stored(self.weight)
         for start in range(0, rows, step):
-            x = self.weight.read_rows(start, min(start + step, rows))
+            x = exact.read_rows(start, min(start + step, rows))
             yield slice(start, start + len(x)), x, quantize_tensor(x, self.spec, name=self.name)
 
 

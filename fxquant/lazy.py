@@ -8,17 +8,17 @@ Each reading computes anew: who needs the values several times calls ``real`` on
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fxquant.direct import Opened
 from fxquant.errors import LoadError
 
 aten: Any = torch.ops.aten
@@ -98,6 +98,17 @@ def real(value: Any) -> Any:
     return value.read() if isinstance(value, Lazy) else value
 
 
+def as_stored(value: Lazy) -> Lazy:
+    """The values before they are made float32, where they are float16 or bfloat16 until then: half the bytes, the same
+    numbers."""
+    recipe = value.recipe
+    if isinstance(recipe, Computed) and recipe.operator == _CAST and value.dtype == torch.float32:
+        inner = recipe.args[0]
+        if isinstance(inner, Lazy) and inner.dtype in (torch.float16, torch.bfloat16):
+            return inner
+    return value
+
+
 _CAST = "aten::_to_copy"
 _SAME = {aten.detach.default, aten.alias.default}
 _LATER = {
@@ -153,6 +164,10 @@ class FromFile:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> Tensor:
         """A view of the mapped file. Raises LoadError where the file is shorter than it was."""
         count = math.prod(self.shape)
@@ -168,18 +183,14 @@ class FromFile:
         return part.view(self.dtype).reshape(self.shape)
 
     def read_rows(self, start: int, stop: int) -> Tensor:
-        """``read()[start:stop]`` in memory of its own: cheaper than to map what is read once."""
+        """``read()[start:stop]`` in memory of its own: cheaper than to map what is read once, and the system need not
+        keep it."""
         each = math.prod(self.shape[1:]) * self.dtype.itemsize
-        raw = torch.empty(each * (stop - start), dtype=torch.uint8)
-        rest, at = memoryview(raw.numpy()), self.begin + start * each  # type: ignore[arg-type]
         try:
-            file = _opened(self.path, self._version())
-            while rest:
-                if not (count := os.preadv(file.fileno(), [rest], at)):
-                    raise OSError("it is shorter than it was")
-                rest, at = rest[count:], at + count
+            raw = _opened(self.path, self._version()).read(self.begin + start * each, each * (stop - start))
         except OSError as error:
             raise self._gone(error) from error
+        raw = raw if raw.data_ptr() % self.dtype.itemsize == 0 else raw.clone()
         return raw.view(self.dtype).view(stop - start, *self.shape[1:])
 
     def _version(self) -> tuple[int, int, int]:
@@ -194,8 +205,8 @@ class FromFile:
 
 
 @lru_cache(maxsize=256)
-def _opened(path: Path, version: tuple[int, int, int]) -> BinaryIO:
-    return path.open("rb", buffering=0)
+def _opened(path: Path, version: tuple[int, int, int]) -> Opened:
+    return Opened(path)
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ from fxquant import scales
 from fxquant.graph import NodeInfo, TensorType, WeightQuant, info, set_info, update_info
 from fxquant.lazy import Lazy, real
 from fxquant.ops import operators as ops
-from fxquant.qtensor import QuantizedTensor, error_squares, to_matrix
+from fxquant.qtensor import QuantizedTensor, error_squares, relative_error, to_matrix
 from fxquant.rewrite import aten, attach, detach, fetch, free_name, get_attr, write
 from fxquant.scheme import PerChannel, QuantSpec, parse_spec
 
@@ -190,5 +190,4 @@ def weight_error(value: Tensor, q: QuantizedTensor) -> float:
     if isinstance(q.codes, Lazy):
         return math.nan
     along = isinstance(q.spec.granularity, PerChannel) and q.spec.granularity.axis
-    lost, whole = error_squares(to_matrix(value, q.spec) if along else value.reshape(q.codes.shape), q)
-    return math.sqrt(lost / whole) if whole else 0.0
+    return relative_error(error_squares(to_matrix(value, q.spec) if along else value.reshape(q.codes.shape), q))

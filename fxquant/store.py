@@ -11,31 +11,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from fxquant import files, outputs
 from fxquant.document import check_header, decode, encode, encode_tensors, kept_tensors
 from fxquant.encoding import Json, MalformedError, decode_timings, encode_timings, fields, text
-from fxquant.errors import LoadError, SaveError
+from fxquant.errors import LoadError, ModelError, SaveError
 from fxquant.graph import TensorType
+from fxquant.headers import safetensors_header
 from fxquant.memory import ran_out
 from fxquant.program import Program
 from fxquant.tasks import ALIGNMENT
-from fxquant.weight_file import WeightFile
+from fxquant.weight_file import Digests, WeightFile, digests_of
 
 GRAPH, WEIGHTS, TIMINGS, MANIFEST = "graph.json", "model.safetensors", "timings.json", "manifest.json"
 TOKENIZER, KERNELS = "tokenizer", "kernels"
 KERNEL_MARK = "# Written by fxquant kernels"
 """How a file of kernels begins, which ``fxquant kernels`` may write again and ``save`` may remove."""
 _MAX_JSON = files.MAX_JSON  # a graph of 2000 nodes with its trace takes about 2 MiB
-_MANIFEST_FORMAT = 1
+_MANIFEST_FORMAT = 2
 
 
 def save(
@@ -66,24 +68,27 @@ def save(
     content = _content(document)
     try:
         with outputs.replacing_folder(target, overwrite=overwrite) as folder:
-            _write_weights(folder / WEIGHTS, tensors)
-            _write_beside(folder, content, program, tokenizer, origin)
-    except (OSError, SafetensorError, ValueError, RuntimeError, KeyError) as error:
+            digests = _write_weights(folder / WEIGHTS, tensors)
+            _write_beside(folder, content, program, tokenizer, origin, digests)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise SaveError(f"cannot write {target}: {error}. Free some space or choose another folder") from error
 
 
 def finish(
-    program: Program, folder: Path, *, config: Mapping[str, Any], tokenizer: Any | None = None,
+    program: Program, folder: Path, *, config: Mapping[str, Any], digests: Digests, tokenizer: Any | None = None,
     origin: Mapping[str, Json] | None = None,
 ) -> None:  # fmt: skip
-    """Write what belongs beside the weights of ``program``, which are in ``folder`` already. Raises SaveError."""
+    """Write what belongs beside the weights of ``program``, which are in ``folder`` already, with these ``digests``.
+
+    Raises SaveError.
+    """
     try:
         document, _ = encode(program, config)
         content = _content(document)
         decode(json.loads(content), read_tensors(folder / WEIGHTS))
     except MalformedError as error:
         raise SaveError(f"this program cannot be saved: {error}") from None
-    _write_beside(folder, content, program, tokenizer, origin)
+    _write_beside(folder, content, program, tokenizer, origin, digests)
 
 
 def stored_tensors(program: Program) -> dict[str, Tensor]:
@@ -95,18 +100,20 @@ def types_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorType]:
     return {name: TensorType(value.dtype, tuple(value.shape)) for name, value in tensors.items()}
 
 
-def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_weights(path: Path, tensors: Mapping[str, Tensor]) -> Digests:
     with WeightFile(path, types_of(tensors)) as file:
         for name, value in tensors.items():
             file.write(name, value)
+        return file.digests()
 
 
 def _write_beside(
-    folder: Path, content: bytes, program: Program, tokenizer: Any | None, origin: Mapping[str, Json] | None
-) -> None:
+    folder: Path, content: bytes, program: Program, tokenizer: Any | None, origin: Mapping[str, Json] | None,
+    digests: Digests,
+) -> None:  # fmt: skip
     (folder / GRAPH).write_bytes(content)
     (folder / TIMINGS).write_bytes(json.dumps(encode_timings(program.trace)).encode())
-    write_manifest(folder, origin)
+    _write_manifest(folder, origin, digests)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder / TOKENIZER))
 
@@ -153,9 +160,9 @@ def _is_kernels(path: Path) -> bool:
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------------
-def write_manifest(folder: Path, origin: Mapping[str, Json] | None) -> None:
+def _write_manifest(folder: Path, origin: Mapping[str, Json] | None, digests: Digests) -> None:
     """Write ``manifest.json`` beside the two files of a saved model: their checksums, and what it was made from."""
-    sums = {name: sha256(folder / name) for name in (GRAPH, WEIGHTS)}
+    sums = {GRAPH: sha256(folder / GRAPH), WEIGHTS: {"header": digests.header, "tensors": digests.tensors}}
     document = {"fxquant manifest": _MANIFEST_FORMAT, "origin": origin, "sha256": sums}
     (folder / MANIFEST).write_text(json.dumps(document, allow_nan=False, indent=1) + "\n", encoding="utf-8")
 
@@ -177,18 +184,38 @@ def read_manifest(folder: Path) -> dict[str, Json] | None:
         raise MalformedError(f"{MANIFEST} has version {str(version)[:20]}; expected {_MANIFEST_FORMAT}")
     if found["origin"] is not None and not isinstance(found["origin"], dict):
         raise MalformedError(f"the origin in {MANIFEST} is not an object")
-    for name, digest in fields(found["sha256"], f"sha256 of {MANIFEST}", [GRAPH, WEIGHTS]).items():
-        text(digest, f"the checksum of {name}", 64)
+    sums = fields(found["sha256"], f"sha256 of {MANIFEST}", [GRAPH, WEIGHTS])
+    text(sums[GRAPH], f"the checksum of {GRAPH}", 64)
+    weights = fields(sums[WEIGHTS], f"sha256 of {WEIGHTS} in {MANIFEST}", ["header", "tensors"])
+    text(weights["header"], "the checksum of the header", 64)
+    if not isinstance(weights["tensors"], dict):
+        raise MalformedError(f"the checksums of tensors in {MANIFEST} are not an object")
+    for name, digest in weights["tensors"].items():
+        text(digest, f"the checksum of {name[:100]!r}", 64)
     return found
 
 
-def check_sums(folder: Path, names: Sequence[str] = (GRAPH, WEIGHTS)) -> dict[str, Json] | None:
-    """The manifest, after checking that these files are those that it was written for. Raises MalformedError."""
+def check_sums(folder: Path, *, weights: bool = True) -> dict[str, Json] | None:
+    """The manifest, after checking that the files are those that it was written for. Raises MalformedError."""
     manifest = read_manifest(folder)
-    for name in names if manifest is not None else ():
-        if sha256(folder / name) != manifest["sha256"][name]:  # type: ignore[index]
-            raise MalformedError(f"{name} is not the file that was saved: its sha256 is not the one in {MANIFEST}")
+    if manifest is None:
+        return None
+    sums = manifest["sha256"]
+    if sha256(folder / GRAPH) != sums[GRAPH]:
+        raise MalformedError(f"{GRAPH} is not the file that was saved: its sha256 is not the one in {MANIFEST}")
+    if weights and (wrong := _differences(digests_of(folder / WEIGHTS), sums[WEIGHTS])):
+        more = f" and of {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        raise MalformedError(
+            f"{WEIGHTS} is not the file that was saved: the sha256 of {wrong[0]}{more} is not the one in {MANIFEST}"
+        )
     return manifest
+
+
+def _differences(found: Digests, saved: Mapping[str, Json]) -> list[str]:
+    """What of a file of weights, its header or a tensor, is not what was saved, or not there."""
+    wrong = ["its header"] if found.header != saved["header"] else []
+    names = sorted(found.tensors.keys() | saved["tensors"].keys())
+    return wrong + [f"tensor {n[:100]!r}" for n in names if found.tensors.get(n) != saved["tensors"].get(n)]
 
 
 def verify(directory: str | Path) -> bool:
@@ -197,7 +224,7 @@ def verify(directory: str | Path) -> bool:
     check_files(folder)
     try:
         return check_sums(folder) is not None
-    except (MalformedError, OSError) as error:
+    except (MalformedError, ModelError, OSError) as error:
         raise LoadError(f"{folder}: {error}; save it again, or fetch it again") from None
 
 
@@ -218,7 +245,7 @@ def load(directory: str | Path) -> tuple[Program, dict[str, Any]]:
         stored = read_tensors(file)
         file = folder
         program, config = decode(document, stored)
-        check_sums(folder, [GRAPH])
+        check_sums(folder, weights=False)
         file = folder / TIMINGS
         if os.path.lexists(file):
             program.trace = decode_timings(read_json(file), program.trace)
@@ -266,21 +293,27 @@ def read_json(file: Path) -> Json:
         raise error if isinstance(error, MalformedError) else MalformedError(f"it is not valid JSON: {error}") from None
 
 
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped into memory; floats that lie badly there are copied."""
+    """All tensors of a safetensors file, mapped into memory, none of them read; floats that lie badly are copied."""
     try:
-        with file.open("rb") as stream:
-            if (length := int.from_bytes(stream.read(8), "little")) > _MAX_JSON:
-                raise MalformedError(f"its header claims {length} bytes; at most {_MAX_JSON} are read")
-        with safe_open(file, framework="pt") as tensors:
-            found: dict[str, Tensor] = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-    except MalformedError:
-        raise
-    except Exception as error:  # the reader's own errors are of many types
-        raise MalformedError(f"it is not a valid safetensors file: {str(error)[:300]}") from None
-    for key, value in found.items():
-        if value.data_ptr() % value.element_size():
+        stored = safetensors_header(file)
+        mapped = torch.UntypedStorage.from_file(
+            str(file), False, file.stat().st_size
+        )  # writing does not reach the file
+    except (ModelError, OSError, RuntimeError) as error:
+        raise MalformedError(f"it cannot be read: {str(error)[:400]}") from None
+    found: dict[str, Tensor] = {}
+    for key, (dtype, shape, begin, end, _) in stored.items():
+        if begin % dtype.itemsize:
             raise MalformedError(f"tensor {key[:100]!r} does not lie at a multiple of its element size")
+        own = mapped[begin:end]  # a storage for each: tensors that share one are taken for views of each other
+        value = torch.empty(0, dtype=dtype).set_(own, 0, shape, _dense(shape))
         if value.is_floating_point() and value.data_ptr() % ALIGNMENT:
-            found[key] = value.clone()  # matrix products differ in the last bit with the alignment of their operands
+            value = value.clone()  # matrix products differ in the last bit with the alignment of their operands
+        found[key] = value
     return found

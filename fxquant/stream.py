@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from fxquant.program import Measured, Program, Progress, quiet
 from fxquant.show.summary import model_bytes
 from fxquant.tasks import IN_PROCESS, Executor
 from fxquant.units import sources_of
-from fxquant.weight_writer import ReadAhead, Written, layer_names, write_weights
+from fxquant.weight_writer import Written, layer_names, write_weights
 
 
 def compile_to(
@@ -71,7 +73,7 @@ def compile_to(
     store.check_place(target, overwrite)
     progress("capture", 0, 0)
     sources = _sources(model)
-    with ReadAhead([[source] for source in sources], memory.total() // 4):
+    with _read_meanwhile(sources, memory.total() // 4):
         program = capture(model, example_inputs)
     batches = pipeline.batches_for(settings, program, calibration)
     made_from = origin(
@@ -83,17 +85,21 @@ def compile_to(
         with (
             kept(executor, job, made_from, settings) as keeping,
             outputs.replacing_folder(target, overwrite=overwrite) as folder,
-            spool.into(folder),
         ):
-            rewrite(program, settings, given, keeping)
             journal = keeping.journal if isinstance(keeping, Journaled) else None
             weights = (journal.folder if journal is not None else folder) / store.WEIGHTS
-            written = write_weights(program, weights, journal=journal, executor=executor, progress=progress)
+            with spool.into(folder):
+                rewrite(program, settings, given, keeping)
+                written = write_weights(program, weights, journal=journal, executor=executor, progress=progress)
             record(program, written)
             progress("save", 0, 0)
             if journal is not None:
                 _linked(weights, folder / store.WEIGHTS)
-            store.finish(program, folder, config=settings.to_dict(), tokenizer=tokenizer, origin=made_from)
+            assert written.digests is not None
+            store.finish(
+                program, folder, config=settings.to_dict(), digests=written.digests, tokenizer=tokenizer,
+                origin=made_from,
+            )  # fmt: skip
     except OSError as error:
         if isinstance(error, FxquantError):
             raise
@@ -105,6 +111,34 @@ def _sources(model: nn.Module) -> list[FromFile]:
     """The parts of files that a model's weights are read from, in the order of the files."""
     found = {source for value in model.state_dict().values() for source in sources_of(value)}
     return sorted(found, key=lambda source: (str(source.path), source.begin))
+
+
+@contextmanager
+def _read_meanwhile(sources: Sequence[FromFile], limit: int) -> Iterator[None]:
+    """Have the system read ``sources``, up to ``limit`` bytes of them, while what is inside needs no disk."""
+    stopped = threading.Event()
+
+    def read() -> None:
+        room, left = bytearray(_AT_ONCE), limit
+        for source in sources:
+            begin, end = source.begin, min(source.begin + source.nbytes, source.begin + left)
+            with suppress(OSError), source.path.open("rb", buffering=0) as file:  # an error when it is needed
+                for at in range(begin, end, _AT_ONCE):
+                    if stopped.is_set():
+                        return
+                    os.preadv(file.fileno(), [memoryview(room)[: end - at]], at)
+            left -= end - begin
+
+    thread = threading.Thread(target=read, name="read meanwhile", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+_AT_ONCE = 1 << 23
 
 
 def _identity(sources: Sequence[FromFile]) -> dict[str, Json] | None:

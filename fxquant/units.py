@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 from fxquant.deferred import Rounding, part_of, taken_from
 from fxquant.lazy import Called, Computed, FromFile, Lazy
 from fxquant.observe import Seen, sampled_rows, see
-from fxquant.qtensor import error_squares
+from fxquant.qtensor import error_squares, relative_error
 from fxquant.scales import Scales
 
-ELEMENTS = 1 << 20
-"""Values of a weight that are in memory at a time, so few that they stay in a core's cache."""
+ELEMENTS = 1 << 22
+"""Values of a weight that are in memory at a time."""
 Put = Callable[[str, Tensor, int], None]
 """Takes the values of a tensor, by its name, from some row on."""
 
@@ -92,7 +91,7 @@ def _copy(name: str, value: Tensor, put: Put) -> None:
 
 def _round(unit: Unit, rounding: Rounding, put: Put) -> tuple[float, Seen]:
     at = dict.fromkeys(unit.tensors, 0)
-    lost, whole = list[float](), list[float]()
+    squares = list[Tensor]()
     sampled, scales = list[tuple[Tensor, Tensor]](), list[Scales]()
     rows, cols = 0, 0
     wanted = sampled_rows(*rounding.shape)
@@ -103,15 +102,13 @@ def _round(unit: Unit, rounding: Rounding, put: Put) -> tuple[float, Seen]:
             part = taken_from(value, q)
             put(name, part, at[name])
             at[name] += len(part)
-        squares = error_squares(x, q)
-        lost.append(squares[0])
-        whole.append(squares[1])
+        squares.append(error_squares(x, q))
         some = wanted[(wanted >= where.start) & (wanted < where.stop)] - where.start
         if len(some):
             sampled.append((x[some].float(), q.rows(some).dequantize()))
         scales.append(q.scales)
         rows, cols = where.stop, x.shape[1]
-    error = math.sqrt(math.fsum(lost) / total) if (total := math.fsum(whole)) else 0.0
+    error = relative_error(torch.cat(squares))
     W, got = (torch.cat(parts) for parts in zip(*sampled, strict=True))
     return error, see(unit.layer, W, got, _joined(scales), rounding.spec, (rows, cols))
 

@@ -1,17 +1,15 @@
 """Writing the weights of a packed program one after the other: by threads here, or by workers elsewhere.
 
-While some units are computed, the sources of the next are read ahead, and what was written goes to the disk.
+Some units are read and some are on their way to the disk while others are computed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
-import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,23 +24,22 @@ from fxquant import store
 from fxquant.encoding import Json, MalformedError, decode_number, encode_value
 from fxquant.graph import info
 from fxquant.journal import Journal
-from fxquant.lazy import FromFile
 from fxquant.observations import LayerObservation, Observations
 from fxquant.observe import ROWS, Seen, told
 from fxquant.observed import decode_observations, encode_observations
 from fxquant.program import Program, Progress, quiet
 from fxquant.tasks import IN_PROCESS, Executor, InProcess, Pending, Task, single_threaded
 from fxquant.units import Unit, pack_unit, units_of
-from fxquant.weight_file import WeightFile
+from fxquant.weight_file import Digests, WeightFile
 
-FLUSH = 1 << 28
+FLUSH = 1 << 27
 """Bytes that are written before the disk is told to take them, and a journal notes them."""
 BATCH = 32
 """Weights whose sampled rows are looked at together; more only cost memory."""
-UNITS_AHEAD = 8
+WAITING = 2
+"""Threads more than torch has: as many as wait for the disk."""
+UNITS_AHEAD = 4
 """Units that a thread may be ahead, so that it has work while the disk is waited for."""
-AHEAD = 1 << 29
-"""Bytes that the system is asked to read before they are needed."""
 Found = tuple[float, Seen] | None
 """A rounded weight's relative error, and what was seen of it."""
 Result = TypeVar("Result")
@@ -52,10 +49,11 @@ _NOTE = "weights/"
 @dataclass
 class Written:
     """What was found while weights were written: of each rounded weight, by its name, the relative error, and what
-    there is to say of it."""
+    there is to say of it; of the file its digests."""
 
     errors: dict[str, float] = field(default_factory=dict)
     layers: dict[str, LayerObservation] = field(default_factory=dict)
+    digests: Digests | None = None
 
     def add(self, unit: str, error: float, layer: LayerObservation) -> None:
         self.errors[unit], self.layers[unit] = error, layer
@@ -92,10 +90,10 @@ def write_weights(
         layers = told([seen for _, (_, seen) in rounded])
         for (unit, (error, _)), layer in zip(rounded, layers, strict=True):
             written.add(unit.name, error, layer)
-        file.sync()
+        file.sync(forget=True)
         if journal is not None:
             journal.note_all({
-                _NOTE + unit.name: {"crc": file.checksum(unit.tensors), **written.noted(unit.name)} for unit, _ in batch
+                _NOTE + unit.name: {"sha256": _digests(file, unit), **written.noted(unit.name)} for unit, _ in batch
             })  # fmt: skip
         batch.clear()
 
@@ -113,8 +111,13 @@ def write_weights(
                 if file.unsynced >= FLUSH or len(batch) >= BATCH:
                     settle()
         settle()
+        written.digests = file.digests()
     progress("write weights", len(units), len(units))
     return written
+
+
+def _digests(file: WeightFile, unit: Unit) -> dict[str, Json]:
+    return {name: file.digest(name) for name in unit.tensors}
 
 
 def _any_finished(units: Sequence[Unit], journal: Journal | None) -> bool:
@@ -127,7 +130,7 @@ def _unfinished(units: Sequence[Unit], file: WeightFile, journal: Journal, writt
     for unit in units:
         facts = journal.noted(_NOTE + unit.name)
         try:
-            whole = facts is not None and facts["crc"] == file.checksum(unit.tensors)
+            whole = facts is not None and facts["sha256"] == _digests(file, unit)
             if whole and facts is not None:
                 written.recall(unit, facts)
         except (MalformedError, KeyError, ValueError):
@@ -155,13 +158,7 @@ def _packed(units: Sequence[Unit], file: WeightFile, executor: Executor) -> Iter
     if not isinstance(executor, InProcess):
         yield _by_workers(units, file, executor)
         return
-    with ReadAhead([unit.sources for unit in units]) as ahead:
-
-        def packed(at: int) -> Found:
-            ahead.reached(at)
-            return pack_unit(units[at], file.write)
-
-        yield _in_threads(packed, len(units))
+    yield _in_threads(lambda at: pack_unit(units[at], file.write), len(units))
 
 
 class Packet:
@@ -196,11 +193,11 @@ def _by_workers(units: Sequence[Unit], file: WeightFile, executor: Executor) -> 
 
 
 def _in_threads(function: Callable[[int], Result], count: int) -> Iterator[Result]:
-    """``function`` of 0 to ``count - 1``, in order, by as many threads as torch has, each with one of its own: rounding
-    is elementwise, so that neither changes a bit, and several weights at a time keep cores busier than several parts
-    of one."""
+    """``function`` of 0 to ``count - 1``, in order, by some threads more than torch has, each with one of its own:
+    rounding is elementwise, so that neither changes a bit, and several weights at a time keep cores busier than several
+    parts of one."""
     _keep_memory()
-    workers = torch.get_num_threads()
+    workers = torch.get_num_threads() + WAITING
     with single_threaded(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting = deque[Future[Result]]()
         try:
@@ -226,60 +223,3 @@ def _keep_memory() -> None:
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
-
-class ReadAhead:
-    """Asks the system to read what is needed soon, in a thread: reading and computing take turns otherwise.
-
-    ``units``: the parts of files that each is made of; at most ``ahead`` bytes of them before the unit ``reached``.
-    """
-
-    def __init__(self, units: Iterable[list[FromFile]], ahead: int = AHEAD) -> None:
-        self._units, self._ahead = list(units), ahead
-        self._at, self._stopped = 0, False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="read ahead", daemon=True)
-
-    def __enter__(self) -> ReadAhead:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def reached(self, unit: int) -> None:
-        with self._changed:
-            self._at = max(self._at, unit)
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        sizes = [sum(_nbytes(source) for source in sources) for sources in self._units]
-        files: dict[Path, int] = {}
-        try:
-            for i, sources in enumerate(self._units):
-                with self._changed:
-                    while not self._stopped and sum(sizes[self._at + 1 : i]) > self._ahead:
-                        self._changed.wait()
-                for source in sources:
-                    if source.path not in files:
-                        files[source.path] = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
-                    for begin in range(source.begin, source.begin + _nbytes(source), _AT_ONCE):
-                        if self._stopped:
-                            return
-                        os.posix_fadvise(files[source.path], begin, _AT_ONCE, os.POSIX_FADV_WILLNEED)
-        except (OSError, AttributeError):
-            return  # a file that is gone is an error where it is read; not every system can be asked
-        finally:
-            for file in files.values():
-                os.close(file)
-
-
-_AT_ONCE = 1 << 17
-"""Bytes of a file that are asked for at a time: of more, Linux takes the first alone."""
-
-
-def _nbytes(source: FromFile) -> int:
-    return math.prod(source.shape) * source.dtype.itemsize

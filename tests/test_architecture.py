@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 
 # Each group may import itself and the groups it lists. ``core`` is ordered: a module imports only those before it.
 CORE = (
-    "errors", "outputs", "files", "memory", "headers", "onnx_claims", "lazy", "spool", "tasks", "cache", "bulk", "dims",
-    "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts", "packing", "tilings",
-    "decodings", "qtensor", "deferred", "graph", "rewrite", "layers", "choice", "signature", "observations", "program",
-    "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients", "blocks", "verify", "eager", "sizes",
-    "symbolic", "flatten", "valueless", "capture",
+    "errors", "outputs", "direct", "files", "memory", "headers", "onnx_claims", "lazy", "spool", "tasks", "cache",
+    "bulk", "dims", "grids", "shifts", "codebooks", "formats", "scheme", "scales", "bitops", "layouts", "packing",
+    "tilings", "decodings", "qtensor", "deferred", "graph", "rewrite", "layers", "choice", "signature", "observations",
+    "program", "ops", "draw", "qdq", "producers", "calibrate", "observe", "gradients", "blocks", "verify", "eager",
+    "sizes", "symbolic", "flatten", "valueless", "capture",
 )  # fmt: skip
 MAY_IMPORT = {
     "core": set(),

@@ -26,29 +26,63 @@ template <class What> static void by_rows(int64_t rows, int64_t cols, const Thre
     threads.run(threads.host, ceil_div(rows, some.at_once), piece, &some);
 }
 
+// --- floats -------------------------------------------------------------------------------------------------------------
+static void read(const void *x, Real type, int64_t first, int64_t count, float *to) {
+    const uint16_t *half = static_cast<const uint16_t *>(x) + first;
+    switch (type) {
+    case Real::FLOAT:
+        std::memcpy(to, static_cast<const float *>(x) + first, (size_t)count * sizeof(float));
+        return;
+    case Real::HALF: return halves_to_floats(half, count, to);
+    case Real::BFLOAT: return bfloats_to_floats(half, count, to);
+    }
+}
+
+// The same where they are, if they are floats, else in `some`.
+static const float *floats_of(const void *x, Real type, int64_t first, int64_t count, float *some) {
+    if (type == Real::FLOAT) return static_cast<const float *>(x) + first;
+    read(x, type, first, count, some);
+    return some;
+}
+
+// BLOCK columns of a row, zeros after the last.
+static const float *block_of(const Matrix &m, int64_t row, int64_t at, float (&some)[BLOCK]) {
+    int64_t count = least(BLOCK, m.cols - at);
+    if (count == BLOCK) return floats_of(m.x, m.type, row * m.stride + at, count, some);
+    read(m.x, m.type, row * m.stride + at, count, some);
+    for (int64_t i = count; i < BLOCK; i++) some[i] = 0;
+    return some;
+}
+
 // --- ranges -------------------------------------------------------------------------------------------------------------
 // Bits as integers in the order of floats, NaN outside of the infinities; and back.
 static inline int32_t ordered(int32_t bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }
 
-static void range(const float *x, int64_t count, float *least, float *most) {
+static void range(const void *x, Real type, int64_t first, int64_t count, float *least, float *most) {
+    constexpr int64_t SOME = 16 * BLOCK;
+    float some[SOME];
     int32_t low = 0x7FFFFFFF, high = -0x7FFFFFFF - 1;
-    for (int64_t i = 0; i < count; i++) {
-        int32_t key = ordered((int32_t)bits_of(x[i]));
-        low = key < low ? key : low;
-        high = key > high ? key : high;
+    for (int64_t at = 0; at < count; at += SOME) {
+        int64_t now = fxq::least(SOME, count - at);
+        const float *values = floats_of(x, type, first + at, now, some);
+        for (int64_t i = 0; i < now; i++) {
+            int32_t key = ordered((int32_t)bits_of(values[i]));
+            low = key < low ? key : low;
+            high = key > high ? key : high;
+        }
     }
     bool numbers = low >= ordered((int32_t)0xFF800000) && high <= 0x7F800000;
     *least = of_bits(numbers ? (uint32_t)ordered(low) : 0x7FC00000);
     *most = of_bits(numbers ? (uint32_t)ordered(high) : 0x7FC00000);
 }
 
-void extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *low, float *high,
-              const Threads &threads) {
+void extremes(const void *x, Real type, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *low,
+              float *high, const Threads &threads) {
     by_rows(rows, cols, threads, [&](int64_t first, int64_t last) {
         int64_t to = first * ceil_div(cols, group);
         for (int64_t row = first; row < last; row++)
             for (int64_t at = 0; at < cols; at += group, to++)
-                range(x + row * stride + at, least(group, cols - at), low + to, high + to);
+                range(x, type, row * stride + at, least(group, cols - at), low + to, high + to);
     });
 }
 
@@ -118,9 +152,8 @@ static void encode_rows(const Matrix &m, Encoding encoding, uint8_t *to, int64_t
         Spread spread;
         for (int64_t at = 0; at < m.cols; at += BLOCK) {
             int64_t count = least(BLOCK, m.cols - at);
-            const float *x = m.x + row * m.stride + at;
-            float some[BLOCK] = {};
-            if (count < BLOCK) std::memcpy(some, x, (size_t)count * sizeof(float)), x = some;
+            float some[BLOCK];
+            const float *x = block_of(m, row, at, some);
             spread.fill(m, row, at, count);
             uint8_t codes[BLOCK];
             for (int i = 0; i < BLOCK; i++) {
@@ -139,6 +172,52 @@ void encode(const Matrix &matrix, const Encoding &encoding, uint8_t *to, const T
         case Kind::FLOAT: return run(encode_rows<Kind::FLOAT, false>, encode_rows<Kind::FLOAT, true>);
         case Kind::POWERS: return run(encode_rows<Kind::POWERS, false>, encode_rows<Kind::POWERS, true>);
         case Kind::INTEGERS: return run(encode_rows<Kind::INTEGERS, false>, encode_rows<Kind::INTEGERS, true>);
+        }
+    });
+}
+
+// --- errors -------------------------------------------------------------------------------------------------------------
+// The sum of squares of a row, in runs of RUN columns: sum i of a run is of its columns i, i + SUMS and so on.
+struct Squares {
+    static constexpr int SUMS = 16, RUN = 1024;
+    double all[SUMS] = {}, run[SUMS] = {};
+
+    FXQ_INLINE void add(const float *x) {
+        for (int at = 0; at < BLOCK; at += SUMS)
+            for (int i = 0; i < SUMS; i++) run[i] += (double)x[at + i] * (double)x[at + i]; // which is exact
+    }
+    void end_run() {
+        for (int i = 0; i < SUMS; i++) all[i] += run[i], run[i] = 0;
+    }
+    double sum() {
+        for (int half = SUMS / 2; half; half /= 2)
+            for (int i = 0; i < half; i++) all[i] += all[i + half];
+        return all[0];
+    }
+};
+
+void row_squares(const Matrix &m, const uint8_t *codes, const float *table, double *to, const Threads &threads) {
+    by_rows(m.rows, m.cols, threads, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; row++) {
+            Spread spread;
+            Squares lost, all;
+            for (int64_t at = 0; at < m.cols; at += BLOCK) {
+                int64_t count = least(BLOCK, m.cols - at);
+                float some[BLOCK], lack[BLOCK];
+                const float *x = block_of(m, row, at, some);
+                const uint8_t *code = codes + row * m.cols + at;
+                uint8_t few[BLOCK] = {};
+                if (count < BLOCK) std::memcpy(few, code, (size_t)count), code = few;
+                spread.fill(m, row, at, count);
+                for (int i = 0; i < BLOCK; i++) lack[i] = table[code[i]];
+                for (int i = 0; i < BLOCK; i++) lack[i] = (lack[i] - spread.zero[i]) * spread.scale[i];
+                asm volatile("" : : "r"(lack) : "memory"); // or product and difference became one operation
+                for (int i = 0; i < BLOCK; i++) lack[i] -= x[i];
+                for (int64_t i = count; i < BLOCK; i++) lack[i] = 0;
+                lost.add(lack), all.add(x);
+                if ((at + BLOCK) % Squares::RUN == 0 || at + BLOCK >= m.cols) lost.end_run(), all.end_run();
+            }
+            to[2 * row] = lost.sum(), to[2 * row + 1] = all.sum();
         }
     });
 }
@@ -281,25 +360,14 @@ void unpack(const uint8_t *packed, int64_t rows, int64_t cols, int64_t stride, i
 }
 
 // --- activations --------------------------------------------------------------------------------------------------------
-static void read(const Activations &all, int64_t first, int64_t count, float *to) {
-    const uint16_t *half = static_cast<const uint16_t *>(all.x) + first;
-    switch (all.type) {
-    case Activation::FLOAT:
-        std::memcpy(to, static_cast<const float *>(all.x) + first, (size_t)count * sizeof(float));
-        return;
-    case Activation::HALF: return halves_to_floats(half, count, to);
-    case Activation::BFLOAT: return bfloats_to_floats(half, count, to);
-    }
-}
-
 static void write(const Activations &all, int64_t first, int64_t count, const float *from) {
     uint16_t *half = static_cast<uint16_t *>(all.y) + first;
     switch (all.type) {
-    case Activation::FLOAT:
+    case Real::FLOAT:
         std::memcpy(static_cast<float *>(all.y) + first, from, (size_t)count * sizeof(float));
         return;
-    case Activation::HALF: return floats_to_halves(from, count, half);
-    case Activation::BFLOAT: return floats_to_bfloats(from, count, half);
+    case Real::HALF: return floats_to_halves(from, count, half);
+    case Real::BFLOAT: return floats_to_bfloats(from, count, half);
     }
 }
 
@@ -316,7 +384,7 @@ static bool round_run(const Activations &all, int64_t first, int64_t count, cons
         for (int64_t at = 0; at < count; at += SOME) {
             int64_t now = least(SOME, count - at), whole = ceil_div(now, BLOCK) * BLOCK;
             if (pass == 0 || count > SOME) {
-                read(all, first + at, now, some);
+                read(all.x, all.type, first + at, now, some);
                 for (int64_t i = now; i < whole; i++) some[i] = 0;
             }
             if (pass == 0) {

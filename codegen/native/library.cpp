@@ -70,16 +70,22 @@ FXQ_VISIBLE void fxquant_rows(const fxq::Weight *w, const int64_t *index, int64_
     fxq::rows(*w, index, count, to, {fxq::run, &work});
 }
 
-FXQ_VISIBLE void fxquant_extremes(const float *x, int64_t rows, int64_t cols, int64_t stride, int64_t group, float *least,
-                                  float *most, fxq::Parallel parallel, int64_t threads) {
+FXQ_VISIBLE void fxquant_extremes(const void *x, fxq::Real type, int64_t rows, int64_t cols, int64_t stride, int64_t group,
+                                  float *least, float *most, fxq::Parallel parallel, int64_t threads) {
     fxq::Work work(parallel, threads);
-    fxq::extremes(x, rows, cols, stride, group, least, most, {fxq::run, &work});
+    fxq::extremes(x, type, rows, cols, stride, group, least, most, {fxq::run, &work});
 }
 
 FXQ_VISIBLE void fxquant_encode(const fxq::Matrix *matrix, const fxq::Encoding *encoding, uint8_t *to,
                                 fxq::Parallel parallel, int64_t threads) {
     fxq::Work work(parallel, threads);
     fxq::encode(*matrix, *encoding, to, {fxq::run, &work});
+}
+
+FXQ_VISIBLE void fxquant_row_squares(const fxq::Matrix *matrix, const uint8_t *codes, const float *table, double *to,
+                                     fxq::Parallel parallel, int64_t threads) {
+    fxq::Work work(parallel, threads);
+    fxq::row_squares(*matrix, codes, table, to, {fxq::run, &work});
 }
 
 FXQ_VISIBLE int32_t fxquant_pack(const uint8_t *codes, int64_t rows, int64_t cols, int64_t stride, int32_t bits,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant import bulk, ops, packing, scales
+from fxquant import bulk, ops, packing, qtensor, scales
 from fxquant.codegen import cpu, cpu_codes, cpu_library
 from fxquant.errors import FormatError
 from fxquant.formats import FloatFormat, parse_format
@@ -52,9 +52,10 @@ def test_ranges(wide: int, isa: str) -> None:
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-42, -1e-42, 1.0])
     picked = torch.randint(0, len(special), (9, 333), generator=torch.Generator().manual_seed(1))
     for given in (normal(20, 333), x.view(torch.float32), special[picked], special[picked % 4], -normal(4, 400).abs()):
-        low, high = cpu_codes.ranges_of(cpu_library.library(isa), given, min(wide, given.shape[1]))
-        want = scales.block_extremes(given, 1, min(wide, given.shape[1]))
-        torch.testing.assert_close((low, high), want, rtol=0, atol=0, equal_nan=True)
+        for x in (given, given.to(torch.float16), given.to(torch.bfloat16)):
+            low, high = cpu_codes.ranges_of(cpu_library.library(isa), x, min(wide, x.shape[1]))
+            want = scales.block_extremes(x, 1, min(wide, x.shape[1]))
+            torch.testing.assert_close((low, high), want, rtol=0, atol=0, equal_nan=True)
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
@@ -89,6 +90,30 @@ def test_scales_of_every_granularity(spec: str, shape: tuple[int, int], isa: str
             codes = cpu_codes.codes_of(cpu_library.library(isa), given, q.scales, q.spec)
             assert codes is not None
             assert torch.equal(codes, reference(given, q.scales, spec))
+
+
+@pytest.mark.parametrize("isa", SETS)
+@pytest.mark.parametrize("spec", ["e3m2/channel", "e2m1/group16:e4m3", "uint4/group20", "int8/tensor", "e4m3/group64"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (7, 1024), (5, 3100)])
+def test_what_rounding_loses(spec: str, shape: tuple[int, int], isa: str) -> None:
+    """Bit for bit what the reference finds, and that is what float64 finds, to its last bits."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = normal(*shape).to(dtype)
+        q = quantize_tensor(x, spec)
+        args = q.codes, q.scale, q.zero_point, q.tensor_scale, str(q.spec)
+        want = qtensor.row_squares(x, *args)
+        for given in (x, x.T.contiguous().T):
+            got = cpu_codes.squares_of(cpu_library.library(isa), given, q.codes, q.scales, q.spec)
+            assert got is not None
+            assert torch.equal(got, want)
+        lost = (q.dequantize() - x.float()).double().square().sum(1)
+        exact = torch.stack([lost, x.double().square().sum(1)], dim=1)
+        torch.testing.assert_close(want, exact, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("format", [*FLOATS, *INTEGERS])
+def test_every_format_is_measured_by_the_kernels(format: str) -> None:
+    assert cpu_codes.measures(parse_spec(f"{format}/tensor").format)
 
 
 def test_a_large_tensor_takes_the_kernel_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

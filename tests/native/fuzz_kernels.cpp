@@ -176,12 +176,12 @@ static int try_codes(const Case &c) {
     Buffer<float> x((c.rows - 1) * stride + c.cols, 4 * any(0, 3)), low(c.rows * c.groups), high(c.rows * c.groups);
     for (int64_t i = 0; i < (c.rows - 1) * stride + c.cols; i++) x.data[i] = i % stride < c.cols ? normal() : NAN;
     Threads some{one_in(8) ? at_once : backwards, nullptr};
-    extremes(x.data, c.rows, c.cols, stride, c.group, low.data, high.data, some);
+    extremes(x.data, Real::FLOAT, c.rows, c.cols, stride, c.group, low.data, high.data, some);
     int32_t most = 0, half = 1 << (c.format.bits - 1), kind = grid.mbits == 23 ? 2 : grid.mbits ? 0 : 1;
     while (most + 1 < half && std::isfinite(c.format.values[most + 1])) most++;
     int32_t no_minus = std::isnan(c.format.values[half]) ? half : -1;
     Encoding encoding{(Kind)kind, c.format.bits, grid.mbits, grid.lowest, most, -1, no_minus, -grid.max, grid.max};
-    Matrix matrix{x.data, c.rows, c.cols, stride, {c.scale.data, c.scales, c.groups, 1, c.group}, nullptr, 0};
+    Matrix matrix{x.data, c.rows, c.cols, stride, {c.scale.data, c.scales, c.groups, 1, c.group}, nullptr, 0, Real::FLOAT};
     Buffer<uint8_t> codes(all), packed(c.rows * row_bytes(c.format.bits, c.cols)), again(all);
     encode(matrix, encoding, codes.data, some);
     if (pack(codes.data, c.rows, c.cols, c.cols, c.format.bits, packed.data, some) >> c.format.bits)
@@ -189,8 +189,13 @@ static int try_codes(const Case &c) {
     unpack(packed.data, c.rows, c.cols, row_bytes(c.format.bits, c.cols), c.format.bits, again.data, some);
     Buffer<float> y(all, 4 * any(0, 3)), tight(all);
     for (int64_t i = 0; i < all; i++) tight.data[i] = x.data[i / c.cols * stride + i % c.cols];
-    Activations activations{tight.data, y.data, c.rows, c.cols, matrix.scale, grid, 0, Activation::FLOAT};
+    Activations activations{tight.data, y.data, c.rows, c.cols, matrix.scale, grid, 0, Real::FLOAT};
     if (!round_activations(activations, some)) return wrong("round", c, 0, 0, 0, 0, NAN, 0);
+    Buffer<double> squares(2 * c.rows), lost(2 * c.rows);
+    Buffer<float> table(256);
+    for (int code = 0; code < 256; code++) table.data[code] = code < 1 << c.format.bits ? c.format.values[code] : 0;
+    row_squares(matrix, codes.data, table.data, squares.data, some);
+    for (int64_t i = 0; i < 2 * c.rows; i++) lost.data[i] = 0;
     for (int64_t i = 0; i < all; i++) {
         int64_t n = i / c.cols, k = i % c.cols;
         float scale = c.scale.data[c.at(n, k)], value = c.format.values[codes.data[i]] * scale, from = tight.data[i];
@@ -200,9 +205,13 @@ static int try_codes(const Case &c) {
         if (codes.data[i] != again.data[i]) return wrong("pack", c, 0, 0, n, k, again.data[i], codes.data[i]);
         if (!(std::fabs(value - from) <= least + 1e-6 * std::fabs(from))) return wrong("encode", c, 0, 0, n, k, value, from);
         if (!(y.data[i] == value)) return wrong("round", c, 0, 0, n, k, y.data[i], value);
+        lost.data[2 * n] += std::pow((double)(value - from), 2), lost.data[2 * n + 1] += std::pow((double)from, 2);
         int64_t group = n * c.groups + k / c.group;
         if (!(low.data[group] <= from && from <= high.data[group])) return wrong("extremes", c, 0, 0, n, k, low.data[group], from);
     }
+    for (int64_t i = 0; i < 2 * c.rows; i++)
+        if (!(std::fabs(squares.data[i] - lost.data[i]) <= 1e-12 * lost.data[i]))
+            return wrong("row_squares", c, 0, 0, i / 2, i % 2, (float)squares.data[i], (float)lost.data[i]);
     return 0;
 }
 
