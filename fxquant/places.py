@@ -18,11 +18,31 @@ MAX_VALUES, MAX_DEPTH, MAX_TEXT, MAX_DOTS = 100_000, 32, 1 << 14, 200
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 
 
+class _Loader(yaml.SafeLoader):
+    """Stops at what is nested too deep, where PyYAML would take time that grows with the square of the depth."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > MAX_DEPTH + 1:
+            at = _at(self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+            raise ConfigError(f"{at}: more than {MAX_DEPTH} levels; make it simpler")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
+def _at(mark: yaml.Mark) -> str:
+    return f":{mark.line + 1}:{mark.column + 1}"
+
+
 def tree(text: str) -> yaml.Node | None:
     """The text as nodes that know their places; JSON is read as YAML, None where that is not the same (tabs)."""
     try:
-        found = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+        found = yaml.compose(text, Loader=_Loader)
+    except (yaml.YAMLError, ConfigError):
         return None
     return found if isinstance(found, yaml.Node) else None
 
@@ -30,7 +50,7 @@ def tree(text: str) -> yaml.Node | None:
 def load_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """The data of a YAML text and its nodes, parsed once. ConfigError, beginning with the place, for aliases that grow
     to more than a hundred thousand values, mappings or lists nested too deep, and texts too long for any key."""
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         root = loader.get_single_node()
         if root is None:
@@ -47,7 +67,7 @@ def _check_nodes(root: yaml.Node) -> None:
     while waiting:
         node, depth = waiting.pop()
         seen += 1
-        at = f":{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        at = _at(node.start_mark)
         if seen > MAX_VALUES or depth > MAX_DEPTH:
             raise ConfigError(f"{at}: more than {MAX_VALUES} values come of its aliases, or {MAX_DEPTH} levels; write "
                               f"them out, without aliases inside of aliases")  # fmt: skip

@@ -217,8 +217,10 @@ def error_squares(matrix: Tensor, q: QuantizedTensor) -> Tensor:
 
 
 def relative_error(squares: Tensor) -> float:
-    """||W - W'|| / ||W|| from the ``error_squares`` of all rows, added up exactly: neither threads nor how the rows were
-    cut changes a bit of it. 0 for a weight of zeros."""
+    """||W - W'|| / ||W|| from the ``error_squares`` of all rows; 0 for a weight of zeros.
+
+    They are added up exactly: neither threads nor how rows were cut change a bit of it.
+    """
     lost, whole = (math.fsum(column.tolist()) for column in squares.unbind(1))
     return math.sqrt(lost / whole) if whole else 0.0
 

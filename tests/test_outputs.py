@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
+import re
 import resource
 import shutil
 import stat
@@ -23,6 +25,7 @@ import fxquant
 from fxquant import export_folder, outputs, store
 from fxquant.compiled import CompiledModel
 from fxquant.errors import FxquantError, LoadError, SaveError
+from fxquant.headers import safetensors_header
 from fxquant.weight_file import WeightFile
 
 
@@ -322,6 +325,35 @@ def test_another_file_under_the_same_name_is_found(models: list[CompiledModel], 
     (tmp_path / "a" / "manifest.json").unlink()
     assert not store.verify(tmp_path / "a")
     fxquant.load(tmp_path / "a")
+
+
+def test_what_is_damaged_is_named(models: list[CompiledModel], tmp_path: Path) -> None:
+    models[0].save(tmp_path / "a")
+    file = tmp_path / "a" / store.WEIGHTS
+    kept = file.read_bytes()
+    stored = safetensors_header(file)
+    for name, place in stored.items():
+        damaged = bytearray(kept)
+        damaged[place.end - 1] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(LoadError, match=f"the sha256 of tensor '{re.escape(name)}' is not the one"):
+            store.verify(tmp_path / "a")
+    begin = min(place.begin for place in stored.values())
+    file.write_bytes(kept[:begin].replace(b"  ", b" \n", 1) + kept[begin:])  # the same to whoever reads it
+    with pytest.raises(LoadError, match="the sha256 of its header is not"):
+        store.verify(tmp_path / "a")
+
+
+@pytest.mark.parametrize("tensors", [[], {"a": 1}, {"a": "b" * 65}, None])
+def test_a_manifest_with_other_checksums_is_an_error(
+    tensors: object, models: list[CompiledModel], tmp_path: Path
+) -> None:
+    models[0].save(tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["sha256"][store.WEIGHTS]["tensors"] = tensors
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(LoadError, match="checksum"):
+        fxquant.load(tmp_path / "a")
 
 
 def test_a_model_can_be_saved_where_its_manifest_is(models: list[CompiledModel], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from checkpoint_models import llama
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant import checkpoints, stream, weight_writer
+from fxquant import checkpoints, spool, stream, weight_writer
 from fxquant.cli import app
 from fxquant.config import ConfigLike, load_config
 from fxquant.errors import ModelError, SaveError, WeightError
@@ -88,6 +88,17 @@ def test_no_weight_is_read_before_it_is_written(folder: Path, monkeypatch: pytes
     stream.rewrite(program, load_config("W6A16-E3M2"), given, IN_PROCESS)
     assert not read
     assert all(isinstance(p, Lazy) for p in lazy.model.parameters()), "the model is as it was"
+
+
+def test_no_copy_of_the_packed_weights_is_made(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the new file holds is mapped when the model is decoded from it, not kept in files of its own."""
+    monkeypatch.setattr("fxquant.spool.LARGE", 1)
+    kept: list[int] = []
+    real = spool._written
+    monkeypatch.setattr(spool, "_written", lambda value, to: (kept.append(value.nbytes), real(value, to))[1])
+    lazy = checkpoints.load_model(folder, lazy=True)
+    stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs)
+    assert sum(kept) < 1000  # constants of the graph
 
 
 def test_layers_are_observed_as_in_memory(folder: Path, tmp_path: Path) -> None:
