@@ -26,6 +26,7 @@ from torch import nn
 from fxquant import memory, outputs, pipeline, spool, store
 from fxquant.calibrate import Calibration
 from fxquant.capture import capture
+from fxquant.codegen import cpu
 from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
 from fxquant.encoding import Json
@@ -42,6 +43,9 @@ from fxquant.show.summary import model_bytes
 from fxquant.tasks import IN_PROCESS, Executor
 from fxquant.units import sources_of
 from fxquant.weight_writer import Written, layer_names, write_weights
+
+COMPILED = 1 << 33
+"""Bytes of weights from which on a compiler is started for the kernels that pack them, where they are not there."""
 
 
 def compile_to(
@@ -73,6 +77,8 @@ def compile_to(
     store.check_place(target, overwrite)
     progress("capture", 0, 0)
     sources = _sources(model)
+    if sum(source.nbytes for source in sources) > COMPILED:
+        threading.Thread(target=cpu.available, name="kernels", daemon=True).start()
     with _read_meanwhile(sources, memory.total() // 4):
         program = capture(model, example_inputs)
     batches = pipeline.batches_for(settings, program, calibration)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -126,6 +127,14 @@ def test_imports_follow_the_layers(module: str) -> None:
 def test_heavy_packages_are_imported_inside_functions(module: str) -> None:
     found = {name.split(".")[0] for name in imports(SOURCES[module], top_level=True)} & HEAVY
     assert not found
+
+
+def test_no_file_is_half_merged() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    marked = [
+        p.name for p in pages if any(line.startswith(("<<<<<<<", ">>>>>>>")) for line in p.read_text().splitlines())
+    ]
+    assert not marked
 
 
 def test_solvers_know_no_graphs() -> None:

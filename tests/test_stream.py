@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_no_copy_of_the_packed_weights_is_made(folder: Path, tmp_path: Path, mon
     lazy = checkpoints.load_model(folder, lazy=True)
     stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs)
     assert sum(kept) < 1000  # constants of the graph
+
+
+def test_a_compiler_is_started_for_large_models_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = threading.Event()
+    monkeypatch.setattr(stream.cpu, "available", started.set)
+    for name, least, wanted in (("small", stream.COMPILED, False), ("large", 1, True)):
+        monkeypatch.setattr(stream, "COMPILED", least)
+        lazy = checkpoints.load_model(folder, lazy=True)
+        stream.compile_to(tmp_path / name, lazy.model, lazy.example_inputs)
+        assert started.wait(5 if wanted else 0) == wanted
 
 
 def test_layers_are_observed_as_in_memory(folder: Path, tmp_path: Path) -> None:
