@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,16 +99,25 @@ def compiled(with_: Compiler, isa: InstructionSet) -> bytes:
         for file, text in sources().items():
             (folder / file).write_text(text, encoding="utf-8")
 
-        def run(*arguments: str) -> None:
-            try:
-                done = subprocess.run([with_.path, *arguments], cwd=folder, capture_output=True, text=True,
-                                      timeout=_SECONDS, check=False)  # fmt: skip
-            except subprocess.TimeoutExpired as error:
-                raise KernelError(f"{with_.path} took more than {_SECONDS} s for the CPU kernels") from error
-            if done.returncode:
-                raise KernelError(f"{with_.path} does not compile the CPU kernels: {done.stderr.strip()[:400]}")
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the threads wait for compilers
-            list(pool.map(lambda unit: run(*FLAGS, *isa.flags, "-c", f"{unit}.cpp", "-o", f"{unit}.o"), UNITS))
-        run("-shared", *(f"{unit}.o" for unit in UNITS), "-o", "library.so")
+        _run(with_, folder, [[*FLAGS, *isa.flags, "-c", f"{unit}.cpp", "-o", f"{unit}.o"] for unit in UNITS])
+        _run(with_, folder, [["-shared", *(f"{unit}.o" for unit in UNITS), "-o", "library.so"]])
         return (folder / "library.so").read_bytes()
+
+
+def _run(with_: Compiler, folder: Path, commands: list[list[str]]) -> None:
+    """Run the compiler with each of these arguments at the same time. Raises KernelError."""
+    started = [
+        subprocess.Popen([with_.path, *some], cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for some in commands
+    ]
+    try:
+        for process in started:
+            _, told = process.communicate(timeout=_SECONDS)
+            if process.returncode:
+                raise KernelError(f"{with_.path} does not compile the CPU kernels: {told.strip()[:400]}")
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"{with_.path} took more than {_SECONDS} s for the CPU kernels") from error
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()

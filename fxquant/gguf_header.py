@@ -185,10 +185,11 @@ class _Reader:
 
 def _check_settings(settings: Mapping[str, Setting], tensors: int) -> None:
     """Raise ValueError for sizes that no model has: each layer has a tensor of its own."""
-    if not isinstance(settings.get("general.architecture"), str):
+    architecture = settings.get("general.architecture")
+    if not isinstance(architecture, str):
         raise ValueError("it does not say which architecture it is (general.architecture)")
-    if not any(key.endswith(".block_count") for key in settings):
-        raise ValueError("it does not say how many layers it has (block_count)")
+    if f"{architecture}.block_count" not in settings:
+        raise ValueError(f"it does not say how many layers it has ({architecture[:40]}.block_count)")
     for key, value in settings.items():
         if type(value) is int and abs(value) >= _MAX_NUMBER and not key.startswith(("tokenizer.", "general.")):
             raise ValueError(f"{key[:60]!r} is {value}; no setting of a model has {_MAX_NUMBER} or more")

@@ -256,8 +256,9 @@ def _row_squares(matrix: Tensor, q: QuantizedTensor) -> Tensor:
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    wide = F.pad(x, (0, -x.shape[1] % _RUN)) if x.shape[1] % _RUN else x
-    squares = wide.double().square_().view(len(x), -1, _RUN // _LANES, _LANES)
+    length = min(_RUN, -(-x.shape[1] // _LANES) * _LANES)  # of narrow rows only what is not zeros
+    wide = F.pad(x, (0, -x.shape[1] % length)) if x.shape[1] % length else x
+    squares = wide.double().square_().view(len(x), -1, length // _LANES, _LANES)
     runs = squares[:, :, 0].clone()
     for part in squares.unbind(2)[1:]:
         runs += part

@@ -180,12 +180,15 @@ def read_manifest(folder: Path) -> dict[str, Json] | None:
     if not stat.S_ISREG(file.lstat().st_mode):
         raise MalformedError(f"{MANIFEST} is not a regular file")
     found = fields(read_json(file), MANIFEST, ["fxquant manifest", "origin", "sha256"])
-    if (version := found["fxquant manifest"]) != _MANIFEST_FORMAT:
+    if (version := found["fxquant manifest"]) not in (1, _MANIFEST_FORMAT):
         raise MalformedError(f"{MANIFEST} has version {str(version)[:20]}; expected {_MANIFEST_FORMAT}")
     if found["origin"] is not None and not isinstance(found["origin"], dict):
         raise MalformedError(f"the origin in {MANIFEST} is not an object")
     sums = fields(found["sha256"], f"sha256 of {MANIFEST}", [GRAPH, WEIGHTS])
     text(sums[GRAPH], f"the checksum of {GRAPH}", 64)
+    if version == 1:
+        text(sums[WEIGHTS], f"the checksum of {WEIGHTS}", 64)
+        return found
     weights = fields(sums[WEIGHTS], f"sha256 of {WEIGHTS} in {MANIFEST}", ["header", "tensors"])
     text(weights["header"], "the checksum of the header", 64)
     if not isinstance(weights["tensors"], dict):
@@ -203,7 +206,7 @@ def check_sums(folder: Path, *, weights: bool = True) -> dict[str, Json] | None:
     sums = manifest["sha256"]
     if sha256(folder / GRAPH) != sums[GRAPH]:
         raise MalformedError(f"{GRAPH} is not the file that was saved: its sha256 is not the one in {MANIFEST}")
-    if weights and (wrong := _differences(digests_of(folder / WEIGHTS), sums[WEIGHTS])):
+    if weights and (wrong := _differences(folder, sums[WEIGHTS])):
         more = f" and of {len(wrong) - 1} others" if len(wrong) > 1 else ""
         raise MalformedError(
             f"{WEIGHTS} is not the file that was saved: the sha256 of {wrong[0]}{more} is not the one in {MANIFEST}"
@@ -211,8 +214,12 @@ def check_sums(folder: Path, *, weights: bool = True) -> dict[str, Json] | None:
     return manifest
 
 
-def _differences(found: Digests, saved: Mapping[str, Json]) -> list[str]:
-    """What of a file of weights, its header or a tensor, is not what was saved, or not there."""
+def _differences(folder: Path, saved: str | Mapping[str, Json]) -> list[str]:
+    """What of a file of weights, its header or a tensor, is not what was saved, or not there; a manifest of version 1
+    has one checksum for the file."""
+    if isinstance(saved, str):
+        return [] if sha256(folder / WEIGHTS) == saved else ["the file"]
+    found = digests_of(folder / WEIGHTS)
     wrong = ["its header"] if found.header != saved["header"] else []
     names = sorted(found.tensors.keys() | saved["tensors"].keys())
     return wrong + [f"tensor {n[:100]!r}" for n in names if found.tensors.get(n) != saved["tensors"].get(n)]

@@ -4,8 +4,8 @@
 
 The graph is traced by shapes and rewritten by the same passes as in memory; rounding to nearest is put off
 (``deferred``) until a weight is written: its rows are read from their file, cast, rounded, packed and put where
-they belong in the new file, some megabytes at a time, while the next are read ahead and the last are on their way to
-the disk. Methods that calibrate walk the graph layer by layer; what they keep between layers lies in the spool.
+they belong in the new file, some megabytes at a time, while others are read and the last are on their way to the disk.
+Methods that calibrate walk the graph layer by layer; what they keep between layers lies in the spool.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -78,7 +79,7 @@ def compile_to(
     progress("capture", 0, 0)
     sources = _sources(model)
     if sum(source.nbytes for source in sources) > COMPILED:
-        threading.Thread(target=cpu.available, name="kernels", daemon=True).start()
+        threading.Thread(target=_compile_kernels, name="kernels", daemon=True).start()
     with _read_meanwhile(sources, memory.total() // 4):
         program = capture(model, example_inputs)
     batches = pipeline.batches_for(settings, program, calibration)
@@ -117,6 +118,12 @@ def _sources(model: nn.Module) -> list[FromFile]:
     """The parts of files that a model's weights are read from, in the order of the files."""
     found = {source for value in model.state_dict().values() for source in sources_of(value)}
     return sorted(found, key=lambda source: (str(source.path), source.begin))
+
+
+def _compile_kernels() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without a compiler torch packs, which nobody needs to be told
+        cpu.available()
 
 
 @contextmanager

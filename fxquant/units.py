@@ -32,12 +32,6 @@ class Unit:
     rounding: Rounding | None = None
     layer: str = ""
 
-    @property
-    def sources(self) -> list[FromFile]:
-        """The parts of files that it is made of."""
-        given = [self.rounding.weight] if self.rounding is not None else list(self.tensors.values())
-        return [source for value in given for source in sources_of(value)]
-
 
 def sources_of(value: Any) -> Iterator[FromFile]:
     """The parts of files that a Lazy tensor is made of."""

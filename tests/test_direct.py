@@ -47,6 +47,21 @@ def test_every_part_is_what_is_in_the_file(way: str, path: Path, monkeypatch: py
         if way != "in memory":
             forget(path)
         assert file.read(begin, nbytes).numpy().tobytes() == whole[begin : begin + nbytes]
+    assert file._works == (way in ("direct", "in memory") and file._direct >= 0)
+
+
+def test_a_file_system_that_cannot_be_asked_is_read_as_usual(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+
+    def unable(handle: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(95, "Operation not supported")
+        return real(handle, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", unable)
+    file = Opened(path)
+    assert not file._works
+    assert file.read(5, 100).numpy().tobytes() == path.read_bytes()[5:105]
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -61,7 +76,7 @@ def test_a_file_that_ends_before_is_an_error(cached: bool, path: Path) -> None:
 
 def test_what_was_in_memory_stays_there_and_what_was_not_does_not_come(path: Path) -> None:
     file = Opened(path)
-    if file._direct < 0:
+    if not file._works:
         pytest.skip("this file system cannot be read directly")
     forget(path)
     file.read(0, SIZE)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fxquant import spool
 from fxquant.deferred import Rounding, part_of, quantize_later, taken_from
@@ -147,6 +150,32 @@ def test_integers_are_refused_before_they_are_read(file: Path) -> None:
     x = Lazy(FromFile(file, 0, torch.int32, (2, 2)), torch.empty(2, 2, dtype=torch.int32, device="meta"))
     with pytest.raises(WeightError, match="only floating point"):
         quantize_later(x, parse_spec("e3m2/channel"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (70, 17), (3, 1040), (2, 2100)])
+def test_errors_of_rows_are_those_of_float64(shape: tuple[int, int]) -> None:
+    """Of codebooks too, for which there is no kernel; narrow rows are not filled up to long ones."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    q = quantize_tensor(x, "nf4/channel")
+    lost = (q.dequantize() - x).double().square().sum(1)
+    want = torch.stack([lost, x.double().square().sum(1)], dim=1)
+    torch.testing.assert_close(error_squares(x, q), want, rtol=1e-13, atol=0)
+
+
+def test_narrow_weights_take_no_more_memory_than_wide_ones() -> None:
+    x = torch.ones(100_000, 3)
+    q = quantize_tensor(x, "nf4/channel")
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            largest[0] = max([largest[0], *(t.numel() for t in tree_leaves(found) if isinstance(t, torch.Tensor))])
+            return found
+
+    with Watch():
+        error_squares(x, q)
+    assert largest[0] <= 16 * len(x)
 
 
 def test_an_error_does_not_depend_on_threads_or_cuts() -> None:

@@ -327,6 +327,22 @@ def test_another_file_under_the_same_name_is_found(models: list[CompiledModel], 
     fxquant.load(tmp_path / "a")
 
 
+def test_a_manifest_of_version_1_is_read(models: list[CompiledModel], tmp_path: Path) -> None:
+    """It has one checksum for the whole of the weights."""
+    models[0].save(tmp_path / "a")
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["fxquant manifest"] = 1
+    manifest["sha256"][store.WEIGHTS] = store.sha256(tmp_path / "a" / store.WEIGHTS)
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    assert fxquant.load(tmp_path / "a").origin == manifest["origin"]
+    assert store.verify(tmp_path / "a")
+    with (tmp_path / "a" / store.WEIGHTS).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    with pytest.raises(LoadError, match="not the file that was saved"):
+        store.verify(tmp_path / "a")
+
+
 def test_what_is_damaged_is_named(models: list[CompiledModel], tmp_path: Path) -> None:
     models[0].save(tmp_path / "a")
     file = tmp_path / "a" / store.WEIGHTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from checkpoint_models import llama
 from typer.testing import CliRunner
 
 import fxquant
-from fxquant import checkpoints, spool, stream, weight_writer
+from fxquant import checkpoints, spool, store, stream, weight_writer
 from fxquant.cli import app
 from fxquant.config import ConfigLike, load_config
 from fxquant.errors import ModelError, SaveError, WeightError
-from fxquant.lazy import Lazy
+from fxquant.lazy import FromFile, Lazy
 from fxquant.program import quiet
 from fxquant.tasks import IN_PROCESS
 from fxquant.units import Unit
@@ -74,6 +75,7 @@ def test_the_weights_are_those_of_compiling_in_memory(
     a, b = (json.loads((path / "graph.json").read_text()) for path in (streamed, in_memory))
     for key in ("nodes", "tensors", "signature", "config"):
         assert a[key] == b[key], key
+    assert store.verify(streamed), "the digests of what was written in parts"
     assert [step["name"] for step in a["trace"]["steps"]] == [step["name"] for step in b["trace"]["steps"]]
     ids = torch.arange(20).reshape(2, 10)
     got, want = (fxquant.load(path)(ids) for path in (streamed, in_memory))
@@ -100,6 +102,25 @@ def test_no_copy_of_the_packed_weights_is_made(folder: Path, tmp_path: Path, mon
     lazy = checkpoints.load_model(folder, lazy=True)
     stream.compile_to(tmp_path / "out", lazy.model, lazy.example_inputs)
     assert sum(kept) < 1000  # constants of the graph
+
+
+def test_what_is_needed_soon_is_read_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as may be; a file that is gone is an error where it is needed, not here."""
+    (tmp_path / "there").write_bytes(bytes(5000))
+    places = [("gone", 0, 10), ("there", 0, 2000), ("there", 2000, 3000)]
+    sources = [FromFile(tmp_path / name, begin, torch.uint8, (count,)) for name, begin, count in places]
+    read: list[tuple[int, int]] = []
+    real = os.preadv
+
+    def preadv(handle: int, buffers: list[memoryview], at: int) -> int:
+        read.append((at, len(buffers[0])))
+        return real(handle, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with stream._read_meanwhile(sources, 4010):
+        for thread in [t for t in threading.enumerate() if t.name == "read meanwhile"]:
+            thread.join(10)
+    assert read == [(0, 2000), (2000, 2000)]
 
 
 def test_a_compiler_is_started_for_large_models_alone(

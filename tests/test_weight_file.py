@@ -41,6 +41,8 @@ def test_the_order_is_that_of_safetensors_and_the_data_lie_aligned(tmp_path: Pat
                 file.write(name, value[row : row + 1], row)
             if value.dim() != 2:
                 file.write(name, value)
+        digests = file.digests()
+    assert digests == digests_of(tmp_path / "ours")
     ours, theirs = safetensors_header(tmp_path / "ours"), safetensors_header(tmp_path / "theirs")
     begin = min(t.begin for t in ours.values())
     assert begin % ALIGNMENT == 0

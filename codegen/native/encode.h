@@ -1,5 +1,6 @@
 // Ranges of floats, floats to codes and what that loses, codes to the bytes of the planar layout and back, activations to
-// a grid: what torch calls for whole matrices (library.cpp). Each is the reference of fxquant bit for bit, but for NaN and Inf in activations.
+// a grid: what torch calls for whole matrices (library.cpp). Each is the reference of fxquant bit for bit, but for NaN and
+// Inf in activations.
 #pragma once
 #include "activations.h"
 #include "packed.h"

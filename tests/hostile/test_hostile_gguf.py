@@ -141,6 +141,9 @@ GGUF: dict[str, tuple[File, str]] = {
     "no layers": (File(settings=[llama()[0][0], *llama()[0][2:]]), "how many layers it has"),
     "architecture is a number": (instead("general.architecture", number("general.architecture", 1)), "architecture"),
     "2^31 layers": (instead("llama.block_count", number("llama.block_count", 2**31)), "no setting of a model has"),
+    "layers of another architecture": (
+        instead("llama.block_count", number("llamb.block_count", 1)), "how many layers it has .llama.block_count",
+    ),
     "99999 layers": (instead("llama.block_count", number("llama.block_count", 99_999)), "and it holds 12 tensors"),
     "12 layers": (instead("llama.block_count", number("llama.block_count", 12)), "cannot be read as GGUF|lacks|makes"),
     "layers in words": (instead("llama.block_count", setting("llama.block_count", TEXT, text("1"))), "it holds 12"),
