@@ -143,12 +143,11 @@ def test_gwq_keeps_codes_that_gptq_refined() -> None:
     assert "with_outliers" in next(s for s in late.program.trace if s.name == "gptq").declines[0].reason
 
 
-@pytest.mark.parametrize(
-    ("model", "x"),
-    [(Convolutions(), torch.randn(2, 3, 12, 12)), (Experts(), torch.randn(3, 4, 8))],
-    ids=["conv", "experts"],
-)
-def test_every_kind_of_layer(model: nn.Module, x: Tensor) -> None:
+@pytest.mark.parametrize(("kind", "shape"), [(Convolutions, (2, 3, 12, 12)), (Experts, (3, 4, 8))])
+def test_every_kind_of_layer(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # by how much less is lost depends on the weights
+        model, x = kind(), torch.randn(shape)
     compiled = made(model.eval(), [{"gwq": {"fraction": 0.5}}], "int4/channel", [x])
     plain = fxquant.compile(model, (x,), {"rules": [{"match": "*", "weight": "int4/channel"}]})
     assert compiled(x).isfinite().all()
