@@ -51,15 +51,13 @@ class Lazy(Tensor):
     @property
     def has_rows(self) -> bool:
         """Whether ``read_rows`` takes no more than the rows themselves: a part of a file, or a cast of one."""
-        recipe = self.recipe
-        if isinstance(recipe, Computed) and recipe.operator == _CAST and isinstance(inner := recipe.args[0], Lazy):
-            return inner.has_rows
-        return isinstance(recipe, FromFile)
+        inner = _cast_of(self)
+        return isinstance(self.recipe, FromFile) if inner is None else inner.has_rows
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """``read()[start:stop]``; where the values are a cast of others, only of these rows."""
         recipe = self.recipe
-        if isinstance(recipe, Computed) and recipe.operator == _CAST and isinstance(inner := recipe.args[0], Lazy):
+        if (inner := _cast_of(self)) is not None:
             return inner.read_rows(start, stop).to(self.dtype)
         return recipe.read_rows(start, stop) if isinstance(recipe, FromFile) else recipe.read()[start:stop]
 
@@ -101,12 +99,16 @@ def real(value: Any) -> Any:
 def as_stored(value: Lazy) -> Lazy:
     """The values before they are made float32, where they are float16 or bfloat16 until then: half the bytes, the same
     numbers."""
+    inner = _cast_of(value)
+    exact = inner is not None and value.dtype == torch.float32 and inner.dtype in (torch.float16, torch.bfloat16)
+    return inner if inner is not None and exact else value
+
+
+def _cast_of(value: Lazy) -> Lazy | None:
+    """The tensor that ``value`` is a cast of, None where it is something else."""
     recipe = value.recipe
-    if isinstance(recipe, Computed) and recipe.operator == _CAST and value.dtype == torch.float32:
-        inner = recipe.args[0]
-        if isinstance(inner, Lazy) and inner.dtype in (torch.float16, torch.bfloat16):
-            return inner
-    return value
+    inner = recipe.args[0] if isinstance(recipe, Computed) and recipe.operator == _CAST else None
+    return inner if isinstance(inner, Lazy) else None
 
 
 _CAST = "aten::_to_copy"
@@ -170,15 +172,14 @@ class FromFile:
 
     def read(self) -> Tensor:
         """A view of the mapped file. Raises LoadError where the file is shorter than it was."""
-        count = math.prod(self.shape)
         try:
             raw = _mapped(self.path, self._version())
         except (OSError, RuntimeError) as error:
             raise self._gone(error) from error
-        part = raw[self.begin : self.begin + count * self.dtype.itemsize]
-        if part.numel() < count * self.dtype.itemsize:
+        part = raw[self.begin : self.begin + self.nbytes]
+        if part.numel() < self.nbytes:
             raise LoadError(f"{self.path} is shorter than it was when its header was read; fetch it again")
-        if (part.data_ptr() % self.dtype.itemsize) or not count:
+        if (part.data_ptr() % self.dtype.itemsize) or not self.nbytes:
             part = part.clone()
         return part.view(self.dtype).reshape(self.shape)
 

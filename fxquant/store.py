@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import stat
 from collections.abc import Mapping
@@ -300,18 +299,11 @@ def read_json(file: Path) -> Json:
         raise error if isinstance(error, MalformedError) else MalformedError(f"it is not valid JSON: {error}") from None
 
 
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped into memory, none of them read; floats that lie badly are copied."""
     try:
         stored = safetensors_header(file)
-        mapped = torch.UntypedStorage.from_file(
-            str(file), False, file.stat().st_size
-        )  # writing does not reach the file
+        mapped = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=file.stat().st_size)
     except (ModelError, OSError, RuntimeError) as error:
         raise MalformedError(f"it cannot be read: {str(error)[:400]}") from None
     found: dict[str, Tensor] = {}
@@ -319,7 +311,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if begin % dtype.itemsize:
             raise MalformedError(f"tensor {key[:100]!r} does not lie at a multiple of its element size")
         own = mapped[begin:end]  # a storage for each: tensors that share one are taken for views of each other
-        value = torch.empty(0, dtype=dtype).set_(own, 0, shape, _dense(shape))
+        value = torch.empty(0, dtype=dtype).set_(own).view(shape)
         if value.is_floating_point() and value.data_ptr() % ALIGNMENT:
             value = value.clone()  # matrix products differ in the last bit with the alignment of their operands
         found[key] = value

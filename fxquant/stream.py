@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,7 +26,7 @@ from torch import nn
 from fxquant import memory, outputs, pipeline, spool, store
 from fxquant.calibrate import Calibration
 from fxquant.capture import capture
-from fxquant.codegen import cpu
+from fxquant.codegen import cpu, cpu_library
 from fxquant.compiled import CompiledModel
 from fxquant.config import Config, ConfigLike, load_config
 from fxquant.encoding import Json
@@ -121,8 +120,8 @@ def _sources(model: nn.Module) -> list[FromFile]:
 
 
 def _compile_kernels() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # without a compiler torch packs, which nobody needs to be told
+    with suppress(FxquantError):  # without a compiler torch packs, which nobody needs to be told
+        cpu_library.library()
         cpu.available()
 
 

@@ -127,6 +127,7 @@ def test_a_compiler_is_started_for_large_models_alone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = threading.Event()
+    monkeypatch.setattr(stream.cpu_library, "library", lambda: None)
     monkeypatch.setattr(stream.cpu, "available", started.set)
     for name, least, wanted in (("small", stream.COMPILED, False), ("large", 1, True)):
         monkeypatch.setattr(stream, "COMPILED", least)
